@@ -1,0 +1,85 @@
+"""The model card beside an export: what it is, its trigger, how to load it, how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.export import LORA_FILE, WORDS_FILE, Verdict
+
+if TYPE_CHECKING:
+    from finetune.recipe import Recipe
+
+LOADERS = {
+    LORA_FILE: 'pipeline.load_lora_weights(folder, weight_name="{file}")',
+    WORDS_FILE: 'pipeline.load_textual_inversion(folder, weight_name="{file}")',
+}
+TEXT = """# {name}
+
+![sample grid](grid.png)
+
+Taught with {method} on {num_pictures} pictures, {steps} steps. Write **`{trigger}`** in a prompt to get it.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+folder = "."  # where this file lies
+pipeline = DiffusionPipeline.from_pretrained({base!r})
+{loaders}
+picture = pipeline({prompt!r}, generator=torch.Generator().manual_seed(0)).images[0]
+```
+
+| file | size |
+|---|---|
+{files}
+
+Base: `{base}` (fingerprint `{fingerprint}`). Loaded into a fresh pipeline, the files reproduce the change that
+training made to the model's predictions with an error of {error:.2%}. The whole recipe is in `recipe.yaml`; its digest
+is `{digest}`.
+"""
+
+
+def write_card(
+    recipe: Recipe[Any],
+    files: Sequence[Path],
+    *,
+    fingerprint: str,
+    num_pictures: int,
+    verdict: Verdict,
+) -> Path:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    folder = recipe.output.folder
+    prompts = [recipe.fill(prompt) for prompt in recipe.validation.prompts] or [recipe.placeholder]
+    from_hub = not Path(recipe.base.source).exists()
+    data = ModelCardData(
+        base_model=recipe.base.source if from_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        instance_prompt=recipe.placeholder,
+        tags=["text-to-image", "diffusers", *_tags(files), recipe.method.name],
+        widget=[{"text": prompts[0], "output": {"url": "grid.png"}}],
+    )
+    text = TEXT.format(
+        name=recipe.name,
+        method=recipe.method.name.replace("_", " "),
+        num_pictures=num_pictures,
+        steps=recipe.train.steps,
+        trigger=recipe.placeholder,
+        base=recipe.base.source,
+        loaders="\n".join(LOADERS[file.name].format(file=file.name) for file in files),
+        prompt=prompts[0],
+        files="\n".join(f"| `{file.name}` | {file.stat().st_size / 1000:,.1f} kB |" for file in files),
+        fingerprint=fingerprint,
+        error=verdict.error,
+        digest=recipe.digest(),
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+    return folder / "README.md"
+
+
+def _tags(files: Sequence[Path]) -> list[str]:
+    kinds = {LORA_FILE: "lora", WORDS_FILE: "textual_inversion"}
+    return [kinds[file.name] for file in files]

@@ -1,0 +1,6 @@
+"""The one loader: files and captions, which picture a step sees, and its pixels."""
+
+from finetune.dataset.draws import Draw, Pictures
+from finetune.dataset.scan import DatasetConfig, Picture, scan
+
+__all__ = ["DatasetConfig", "Draw", "Picture", "Pictures", "scan"]

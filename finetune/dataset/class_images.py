@@ -1,0 +1,93 @@
+"""Pictures of the class that the base makes itself, kept between runs and never mixed up.
+
+A folder holds the pictures of one exact request; its name is the request's
+hash and its manifest names every finished file with its checksum. A file that
+the manifest does not vouch for does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from finetune.dataset.scan import Picture
+
+MANIFEST = "manifest.jsonl"
+# Renders one picture for each seed.
+Render = Callable[[Sequence[int]], Sequence[Image.Image]]
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """Everything that decides how a class image looks."""
+
+    prompt: str
+    model: str  # the base's fingerprint
+    sampler: str
+    steps: int
+    guidance: float
+    size: int
+    seed: int
+
+    def folder(self, cache: Path) -> Path:
+        return cache / hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def missing(self, cache: Path, count: int) -> list[int]:
+        """Which of the first `count` pictures are still to be made."""
+        finished = self._finished(cache)
+        return [index for index in range(count) if _name(index) not in finished]
+
+    def make(self, cache: Path, indices: Sequence[int], render: Render, batch_size: int) -> None:
+        """Render the pictures of `indices`; each is safe on disk once its batch is done.
+
+        Picture i depends on (request, i) alone, so any number of processes may share the work.
+        """
+        folder = self.folder(cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(indices), batch_size):
+            chunk = indices[start : start + batch_size]
+            for index, image in zip(chunk, render([self.seed + index for index in chunk]), strict=True):
+                self._store(folder, index, image)
+
+    def pictures(self, cache: Path, count: int) -> list[Picture]:
+        folder, finished = self.folder(cache), self._finished(cache)
+        return [
+            Picture(str(folder / name), finished[name], self.size, self.size, (self.prompt,))
+            for name in map(_name, range(count))
+        ]
+
+    def _store(self, folder: Path, index: int, image: Image.Image) -> None:
+        unfinished = folder / f".{_name(index)}.{os.getpid()}"
+        image.save(unfinished, format="PNG")
+        row = {"file": _name(index), "sha256": _checksum(unfinished), "request": asdict(self)}
+        unfinished.replace(folder / _name(index))
+        with (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
+            manifest.write(json.dumps(row) + "\n")
+
+    def _finished(self, cache: Path) -> dict[str, str]:
+        """File name -> checksum of every picture that is whole and was made for this request."""
+        folder = self.folder(cache)
+        try:
+            rows = [json.loads(line) for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError):
+            return {}
+        listed = {row["file"]: row["sha256"] for row in rows if row["request"] == asdict(self)}
+        return {
+            name: checksum
+            for name, checksum in listed.items()
+            if (folder / name).is_file() and _checksum(folder / name) == checksum
+        }
+
+
+def _name(index: int) -> str:
+    return f"{index:05d}.png"
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

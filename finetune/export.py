@@ -1,0 +1,89 @@
+"""The small files that go out. Each is written whole or not at all, and reloaded before it counts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.batch import Batch
+from finetune.families.base import Family
+from finetune.lowrank import LowRank
+from finetune.student import predict
+from finetune.vocabulary import words
+
+# The names that diffusers and the Hub look for in a folder.
+LORA_FILE = "pytorch_lora_weights.safetensors"
+WORDS_FILE = "learned_embeds.safetensors"
+
+
+def save(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype, header: Mapping[str, str]) -> Path:
+    """Write a safetensors file under a temporary name first: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
+    save_file(tensors, unfinished, metadata={"format": "pt", **header})
+    unfinished.chmod(0o644)  # safetensors writes files that only their owner may read
+    unfinished.replace(path)
+    return path
+
+
+def save_lora(parts: Mapping[str, LowRank], folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> Path:
+    """Factors of the denoiser and the text encoders in diffusers' format."""
+    weights = {
+        f"{part}.{_canonical(part, name)}": factor for part, found in parts.items() for name, factor in found.items()
+    }
+    return save(weights, folder / LORA_FILE, dtype, header)
+
+
+def _canonical(part: str, name: str) -> str:
+    """transformers 5.6 dropped `text_model.` from CLIP's module names; every other tool still expects it."""
+    return f"text_model.{name}" if part.startswith("text_encoder") and name.startswith("encoder.") else name
+
+
+def save_words(family: Family, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:
+    """The trained vectors under their word, as `load_textual_inversion` reads them."""
+    (table,) = words(family).values()
+    return [save({table.word: table.new}, folder / WORDS_FILE, dtype, header)]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far an exported file, loaded anew, is from the trained model."""
+
+    error: float  # of the predictions, relative to how much training changed them
+    changed: float  # how much training changed the predictions, relative to their size
+
+    TOLERANCE = 0.02
+
+    @property
+    def passed(self) -> bool:
+        return self.changed > 0 and self.error <= self.TOLERANCE
+
+
+@torch.no_grad()
+def probe(family: Family, captions: Sequence[str], size: int) -> Tensor:
+    """The family's prediction on fixed noised latents at four noise levels per caption, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand((1, 3, size, size), generator=generator) * 2 - 1
+    shape = family.encode_image(pixels).mean.shape
+    predictions = []
+    for caption in captions:
+        latents, noise = (torch.randn((4, *shape[1:]), generator=generator) for _ in range(2))
+        time = torch.tensor([100, 350, 600, 900])
+        tokens = family.tokenize([caption] * 4)
+        batch = Batch(latents.to(family.device), noise.to(family.device), time.to(family.device), tokens, 0)
+        predictions.append(predict(family, batch).cpu())
+    return torch.cat(predictions)
+
+
+def compare(before: Tensor, after: Tensor, reloaded: Tensor) -> Verdict:
+    """Judge the reloaded model by the change it must reproduce, which a small adapter's own size hides."""
+    change = float((after - before).norm())
+    error = float((reloaded - after).norm()) / change if change else float("inf")
+    return Verdict(error, change / float(before.norm()))

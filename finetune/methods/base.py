@@ -1,0 +1,93 @@
+"""What is trained, by which loss, and what is written out.
+
+A method is a section of the recipe that can act: its fields are its settings.
+So that a recipe is checked without importing torch, a method's file imports it
+inside the functions that compute.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import model_validator
+
+from finetune.config import Section
+from finetune.errors import UserError
+from finetune.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from finetune.batch import Batch
+    from finetune.families.base import Family
+    from finetune.student import Student
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What the class half of a batch is made of."""
+
+    source: Literal["images", "prediction"]
+    prompt: str
+    count: int  # of images
+
+
+class Method(Section, ABC):
+    """A way to teach a frozen family a concept. One subclass for each method."""
+
+    summary: ClassVar[str]
+    name: str
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether prompts must be encoded anew at every step."""
+        return False
+
+    @property
+    def trains_word(self) -> bool:
+        """Whether the placeholder gets vectors of its own, so that every caption must have it."""
+        return False
+
+    @property
+    def prior_half(self) -> Prior | None:
+        """What is trained beside the concept so that its class stays what it was."""
+        return None
+
+    @abstractmethod
+    def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
+        """Make the family trainable; the student's parameters are exactly what is trained, in float32."""
+
+    def losses(self, student: Student, batch: Batch) -> Tensor:
+        """The weighted error of each sample: (B,)."""
+        from finetune.student import denoising_errors
+
+        return denoising_errors(student.family, batch)
+
+    def reduce(self, losses: Tensor, num_prior: int) -> Tensor:
+        """(B,) losses to the scalar that is minimised."""
+        return losses.mean()
+
+    def after_step(self, student: Student) -> None:
+        """Called after each optimizer update."""
+
+    @abstractmethod
+    def export(self, student: Student, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:
+        """Write the small files, each with `header` in its metadata."""
+
+    def problems(self) -> list[str]:
+        """Settings that cannot go together."""
+        return []
+
+    @model_validator(mode="after")
+    def _check(self) -> Method:
+        if problems := self.problems():
+            raise UserError(problems)
+        return self
+
+
+methods: Registry[Method] = Registry("method", "finetune.methods")

@@ -1,0 +1,141 @@
+"""DreamBooth: a subject bound to a rare word, held in place by its class (https://arxiv.org/abs/2208.12242)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from finetune.config import Fraction, PositiveInt
+from finetune.methods.base import Prior, methods
+from finetune.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from finetune.batch import Batch
+    from finetune.families.base import Family
+    from finetune.student import Student
+
+
+@methods.register
+class DreamBooth(LoRA):
+    """Trains the whole denoiser or a LoRA of it, with the prior-preservation loss."""
+
+    summary = "a subject from 3 to 5 pictures, without forgetting its class: the whole denoiser or a LoRA of it"
+    denoiser: Literal["lora", "whole"] = "lora"
+    prior: Literal["none", "images", "prediction"] = "images"
+    """`images` made by the base, its `prediction` on the class prompt (no images needed), or `none`."""
+    class_prompt: str | None = None
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    num_class_images: PositiveInt = 100
+    export_energy: Fraction | None = None
+    """Whole denoiser: the share of each layer's difference that the small file keeps. Default: `rank`."""
+    export_checkpoint: bool = False
+    """Whole denoiser: also write the full pipeline."""
+
+    @property
+    def prior_half(self) -> Prior | None:
+        if self.prior == "none" or self.class_prompt is None:
+            return None
+        return Prior(self.prior, self.class_prompt, self.num_class_images)
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.prior != "none" and not self.class_prompt:
+            problems.append(f"prior: {self.prior} needs class_prompt, such as 'a dog'. Add it, or set prior: none.")
+        if self.denoiser == "lora" and (self.export_energy is not None or self.export_checkpoint):
+            problems.append("export_energy and export_checkpoint are for denoiser: whole. Remove them.")
+        if self.denoiser == "whole":
+            fixed = self.model_fields_set & {"alpha", "targets", "rank_pattern", "alpha_pattern", "dropout"}
+            problems += [f"{name} is for denoiser: lora; the whole denoiser is trained. Remove it." for name in fixed]
+        return problems
+
+    def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
+        if self.denoiser == "lora":
+            return super().attach(family, placeholder, learning_rate)
+        return self._attach_whole(family, learning_rate)
+
+    def _attach_whole(self, family: Family, learning_rate: float) -> Student:
+        from finetune.student import Group, Student
+
+        rates = {family.denoiser_name: learning_rate}
+        for name in family.text_encoders if self.text_encoder else ():
+            rates[name] = self.text_encoder_learning_rate or learning_rate
+        parts = {name: getattr(family.pipeline, name) for name in rates}
+        base = {name: _copy(part) for name, part in parts.items()}
+        groups = [Group(name, dict(part.named_parameters()), rates[name]) for name, part in parts.items()]
+        return Student(self, family, groups, frozen=lambda: _swapped(family, base))
+
+    def losses(self, student: Student, batch: Batch) -> Tensor:
+        """The base's own prediction is what the class half is held to, where there are no class images."""
+        from finetune.student import denoising_errors, frozen_prediction
+
+        if self.prior != "prediction":
+            return super().losses(student, batch)
+        objective = student.family.objective
+        target = objective.target(batch.latents, batch.noise, batch.time).clone()
+        prior = batch.last(batch.num_prior)
+        target[len(target) - batch.num_prior :] = frozen_prediction(student, prior)
+        return denoising_errors(student.family, batch, target)
+
+    def reduce(self, losses: Tensor, num_prior: int) -> Tensor:
+        """mean(subject) + prior_weight * mean(prior); no prior samples, no prior term."""
+        subject, prior = losses[: len(losses) - num_prior], losses[len(losses) - num_prior :]
+        if num_prior == 0:
+            return subject.mean()
+        return subject.mean() + self.prior_weight * prior.mean()
+
+    def export(self, student: Student, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:
+        if self.denoiser == "lora":
+            return super().export(student, folder, dtype, header)
+        return self._export_whole(student, folder, dtype, header)
+
+    def _export_whole(
+        self, student: Student, folder: Path, dtype: torch.dtype, header: Mapping[str, str]
+    ) -> list[Path]:
+        """The difference to the base as a LoRA; the student is left holding what the file holds."""
+        from finetune.export import save_lora
+        from finetune.lowrank import factor_difference, restore
+
+        family = student.family
+        if self.export_checkpoint:
+            family.pipeline.save_pretrained(folder / "checkpoint", safe_serialization=True)
+        names = [group.name for group in student.groups]
+        trained = {name: getattr(family.pipeline, name) for name in names}
+        with student.frozen():
+            base = {name: getattr(family.pipeline, name).state_dict() for name in names}
+        rank = None if self.export_energy is not None else self.rank
+        factored = {
+            name: factor_difference(part, base[name], rank=rank, energy=self.export_energy)
+            for name, part in trained.items()
+        }
+        for name, part in trained.items():
+            restore(part, base[name], factored[name].weights)
+        shares = {f"energy_kept.{name}": f"{found.energy:.4f}" for name, found in factored.items()}
+        ranks = sorted({rank for found in factored.values() for rank in found.ranks.values()})
+        header = {**header, **shares, "rank": f"{ranks[0]}..{ranks[-1]}" if ranks[1:] else str(ranks[0])}
+        return [save_lora({name: found.weights for name, found in factored.items()}, folder, dtype, header)]
+
+
+def _copy(part: torch.nn.Module) -> torch.nn.Module:
+    """A frozen twin, in the base's own precision."""
+    from copy import deepcopy
+
+    return deepcopy(part).requires_grad_(False).eval()
+
+
+@contextmanager
+def _swapped(family: Family, parts: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    trained = {name: getattr(family.pipeline, name) for name in parts}
+    for name, part in parts.items():
+        setattr(family.pipeline, name, part)
+    try:
+        yield
+    finally:
+        for name, part in trained.items():
+            setattr(family.pipeline, name, part)

@@ -1,0 +1,110 @@
+"""LoRA: low-rank updates in the attention and projection layers (https://arxiv.org/abs/2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from finetune.config import Fraction, PositiveFloat, PositiveInt, Strings
+from finetune.methods.base import Method, methods
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.families.base import Family
+    from finetune.student import Group, Student
+
+Targets = Annotated[Strings, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+PRESETS = ("attention", "feed_forward", "linear", "convolution")
+
+
+@methods.register
+class LoRA(Method):
+    """Learns a subject or a style as a low-rank update of the denoiser, through peft."""
+
+    summary = "low-rank updates of the denoiser: a subject or a style, from captioned pictures"
+    rank: PositiveInt = 16
+    alpha: PositiveFloat | None = None
+    """The update is scaled by alpha / rank. Default: the rank, a scale of 1."""
+    targets: Targets = Field(("attention",), min_length=1)
+    """Presets (attention, feed_forward, linear, convolution) and names of layers, together."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks for layers whose name matches a regular expression; so for alpha."""
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    dropout: Fraction = 0.0
+    text_encoder: bool = False
+    text_encoder_learning_rate: PositiveFloat | None = None
+    """Default: the learning rate."""
+
+    @property
+    def trains_text(self) -> bool:
+        return self.text_encoder
+
+    def problems(self) -> list[str]:
+        if self.text_encoder_learning_rate is not None and not self.text_encoder:
+            return ["text_encoder_learning_rate has no effect while text_encoder is false. Set it, or remove the rate."]
+        return []
+
+    def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
+        from finetune.lowrank import disabled
+        from finetune.student import Student
+
+        groups = self.adapters(family, learning_rate)
+        adapted = [getattr(family.pipeline, group.name) for group in groups]
+        return Student(self, family, groups, frozen=lambda: disabled(adapted))
+
+    def adapters(self, family: Family, learning_rate: float) -> list[Group]:
+        """Adapters for the denoiser and, where asked for, the text encoders: a group each."""
+        from finetune.lowrank import inject
+        from finetune.student import Group
+
+        settings = self._settings()
+        unet = inject(family.denoiser, self._layers(family), settings)
+        groups = [Group(family.denoiser_name, unet, learning_rate)]
+        for name in family.text_encoders if self.text_encoder else ():
+            parameters = inject(getattr(family.pipeline, name), family.text_attention, settings)
+            groups.append(Group(name, parameters, self.text_encoder_learning_rate or learning_rate))
+        return groups
+
+    def export(self, student: Student, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:
+        from finetune.export import save_lora
+        from finetune.lowrank import adapter_weights
+
+        family = student.family
+        parts = {name: getattr(family.pipeline, name) for name in (family.denoiser_name, *family.text_encoders)}
+        weights = {name: found for name, part in parts.items() if (found := adapter_weights(part))}
+        header = {**header, "rank": str(self.rank), "alpha": str(self.alpha or self.rank)}
+        return [save_lora(weights, folder, dtype, header)]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha or self.rank,
+            # A pattern changes the rank alone, so the scale stays what alpha / rank says.
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": self._alphas(),
+            "lora_dropout": self.dropout,
+        }
+
+    def _alphas(self) -> dict[str, float]:
+        scale = (self.alpha or self.rank) / self.rank
+        return {name: rank * scale for name, rank in self.rank_pattern.items()} | self.alpha_pattern
+
+    def _layers(self, family: Family) -> list[str]:
+        from finetune.lowrank import layers_named, linear_layers
+
+        presets = {
+            "attention": lambda: layers_named(family.denoiser, family.attention),
+            "feed_forward": lambda: layers_named(family.denoiser, family.feed_forward),
+            "linear": lambda: linear_layers(family.denoiser),
+            "convolution": lambda: layers_named(family.denoiser, ()),
+        }
+        names = [
+            name
+            for target in self.targets
+            for name in (presets[target]() if target in presets else layers_named(family.denoiser, (target,)))
+        ]
+        return list(dict.fromkeys(names))

@@ -1,0 +1,50 @@
+"""What a run will do, worked out before any model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.dataset.scan import scan
+from finetune.errors import UserError
+from finetune.methods.base import Prior
+from finetune.recipe import Recipe
+
+
+def plan(recipe: Recipe[Any]) -> dict[str, str]:
+    """A line for each thing a user wants to know first. Raises UserError where the pictures cannot be used."""
+    pictures = scan(recipe.dataset)
+    check_captions(recipe, [caption for picture in pictures for caption in picture.captions])
+    train, method = recipe.train, recipe.method
+    smallest = min(min(picture.width, picture.height) for picture in pictures)
+    enlarged = f", the smallest enlarged from {smallest}" if smallest < recipe.dataset.resolution else ""
+    seen = train.steps * train.batch_size / len(pictures)
+    return {
+        "method": f"{method.name}: {method.summary}",
+        "base": recipe.base.source,
+        "pictures": f"{len(pictures)} in {recipe.dataset.folder}, trained at {recipe.dataset.resolution} px{enlarged}",
+        "captions": recipe.fill(pictures[0].captions[0]),
+        "steps": f"{train.steps} updates of {train.batch_size} pictures: each is seen {seen:.0f} times",
+        "prior": _describe(method.prior_half),
+        "output": str(recipe.output.folder),
+    }
+
+
+def _describe(prior: Prior | None) -> str:
+    if prior is None:
+        return "none"
+    if prior.source == "prediction":
+        return f"the base's own prediction on {prior.prompt!r}"
+    return f"{prior.count} pictures of {prior.prompt!r}, made by the base"
+
+
+def check_captions(recipe: Recipe[Any], captions: Sequence[str]) -> None:
+    """Every caption a word is learnt from must have that word."""
+    if not recipe.method.trains_word:
+        return
+    lacking = sorted({text for text in captions if "{}" not in text and recipe.placeholder not in text})
+    if lacking:
+        raise UserError(
+            f"caption {text!r} has neither {{}} nor {recipe.placeholder!r}: nothing can be learnt from it"
+            for text in lacking
+        )

@@ -1,0 +1,23 @@
+"""Keep the libraries' own chatter out of a run's output; their errors still speak."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+
+def quiet() -> None:
+    """Before the libraries are imported: they read these at import. What the user has set stands."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def quiet_loading() -> None:
+    """The bars for reading a base that is on the disk already."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,348 @@
+"""A recipe carried out: picture, draw, latents, loss, export. The only place where objects are wired."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+from finetune import __version__, checkpoint
+from finetune.card import write_card
+from finetune.dataset import Pictures, scan
+from finetune.dataset.class_images import ClassImages
+from finetune.errors import UserError
+from finetune.export import Verdict, compare, probe
+from finetune.families.base import Family, Source, families
+from finetune.grid import make_grid
+from finetune.load import file_name, load_adapters, render, use_ddim
+from finetune.methods.base import Prior
+from finetune.plan import check_captions
+from finetune.quiet import quiet_loading
+from finetune.recipe import Recipe, known_families
+from finetune.tracking import Trackers
+from finetune.trainer import NonFiniteLoss, Report, Trainer
+
+RECIPE_FILE, GRID_FILE, CHECKPOINTS, SAMPLES = "recipe.yaml", "grid.png", "checkpoints", "samples"
+
+
+def train(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = False) -> Result:
+    """Teach the base the concept, write the small files, and prove that they hold what was learnt."""
+    pictures = scan(recipe.dataset)
+    check_captions(recipe, [caption for picture in pictures for caption in picture.captions])
+    accelerator = Accelerator(mixed_precision=recipe.train.precision)
+    found = open_folder(recipe, accelerator, resume=resume, overwrite=overwrite)
+    torch.manual_seed(recipe.train.seed)
+    family = load_family(recipe)
+    family.to(accelerator.device)
+    concept = Pictures.from_pictures(pictures, recipe.dataset, recipe.placeholder)
+    prior = make_prior(recipe, family, concept, accelerator)
+    student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
+    run = Run(recipe, Trainer(student, concept, prior, recipe.train, accelerator), accelerator)
+    before = run.probe(family)
+    if found is not None:
+        run.trainer.resume(checkpoint.load(found)["trainer"])
+    run.loop()
+    return run.finish(before, len(pictures)) if accelerator.is_main_process else Result([], None, None)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run wrote."""
+
+    files: list[Path]
+    grid: Path | None
+    verdict: Verdict | None
+
+
+def load_family(recipe: Recipe[Any]) -> Family:
+    """The recipe's base as one of the families.
+
+    Raises:
+        UserError: no family is made for it, or the objective does not fit it.
+    """
+    quiet_loading()
+    source = Source(recipe.base.source, recipe.base.revision, _dtype(recipe))
+    name = recipe.base.family if recipe.base.family != "auto" else _detect(source)
+    if name not in known_families():
+        raise UserError(f"base.source: {source.path} is a {name}, which no family here is made for")
+    try:
+        family = families[name].load(
+            source,
+            min_snr_gamma=recipe.train.min_snr_gamma,
+            zero_terminal_snr=recipe.train.zero_terminal_snr,
+        )
+    except OSError as error:
+        raise UserError(f"base.source: {source.path} cannot be loaded: {' '.join(str(error).split())}") from None
+    if recipe.train.zero_terminal_snr and family.objective.prediction == "epsilon":
+        raise UserError("train.zero_terminal_snr: at pure noise epsilon says nothing; this base must predict v")
+    use_ddim(family.pipeline, zero_terminal_snr=recipe.train.zero_terminal_snr)
+    return family
+
+
+def _dtype(recipe: Recipe[Any]) -> torch.dtype:
+    mixed = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[recipe.train.precision]
+    return getattr(torch, mixed if recipe.base.dtype == "auto" else recipe.base.dtype)
+
+
+def _detect(source: Source) -> str:
+    """The family whose pipeline the checkpoint names, or that pipeline's name."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    try:
+        config: Any = DiffusionPipeline.load_config(source.path, revision=source.revision)
+    except OSError as error:
+        raise UserError(
+            f"base.source: {source.path} is no folder in diffusers' layout and cannot be had from the Hub "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    pipeline = config["_class_name"]
+    matching = [name for name in known_families() if pipeline in families[name].pipeline_classes]
+    return matching[0] if matching else pipeline
+
+
+def open_folder(recipe: Recipe[Any], accelerator: Accelerator, *, resume: bool, overwrite: bool) -> Path | None:
+    """Prepare the output folder; the checkpoint to go on from, if there is one and it was asked for."""
+    folder = recipe.output.folder
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite contradict each other. Give one of them.")
+    if (folder / RECIPE_FILE).exists() and not resume and not overwrite:
+        raise UserError(
+            f"output.folder: {folder} holds a run already. Go on with --resume, replace it with --overwrite, "
+            "or choose another folder."
+        )
+    found = checkpoint.newest(folder / CHECKPOINTS) if resume else None
+    if found is not None:
+        _check_unchanged(recipe, checkpoint.load(found)["recipe"], found)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if overwrite:
+            for name in (CHECKPOINTS, SAMPLES):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    return found
+
+
+def _check_unchanged(recipe: Recipe[Any], before: str, found: Path) -> None:
+    """A run may only go on as what it was."""
+    then, now = json.loads(before), recipe.dump()
+    changed = [
+        f"{section}.{key}: was {then[section].get(key)!r}, is now {now[section].get(key)!r}"
+        for section in ("base", "method", "dataset", "train")
+        for key in sorted(then[section].keys() | now[section].keys())
+        if then[section].get(key) != now[section].get(key)
+    ]
+    if then["placeholder"] != recipe.placeholder:
+        changed.append(f"placeholder: was {then['placeholder']!r}, is now {recipe.placeholder!r}")
+    if changed:
+        raise UserError([f"--resume: the recipe differs from that of {found}:", *changed])
+
+
+def make_prior(recipe: Recipe[Any], family: Family, concept: Pictures, accelerator: Accelerator) -> Pictures | None:
+    """What keeps the class in place: pictures made by the base, or the concept's own under the class prompt."""
+    prior = recipe.method.prior_half
+    if prior is None:
+        return None
+    if prior.source == "prediction":
+        return concept.as_prior(prior.prompt)
+    made = make_class_images(recipe, prior, family, accelerator)
+    config = recipe.dataset.model_copy(update={"crop": "center", "flip": False})
+    pictures = Pictures.from_pictures(made.pictures(cache_folder(), prior.count), config, recipe.placeholder)
+    return pictures.as_prior(prior.prompt)
+
+
+def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, accelerator: Accelerator) -> ClassImages:
+    """Have the base make those class images that the cache lacks, shared among the processes."""
+    shown = recipe.validation
+    request = ClassImages(
+        prompt=prior.prompt,
+        model=family.fingerprint,
+        sampler=type(family.pipeline.scheduler).__name__,
+        steps=shown.steps,
+        guidance=shown.guidance,
+        size=recipe.dataset.resolution,
+        seed=recipe.train.seed,
+    )
+    missing = request.missing(cache_folder(), prior.count)
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(total=len(mine), desc="class images", disable=not (accelerator.is_main_process and mine))
+
+    def make(seeds: Sequence[int]) -> list[Image.Image]:
+        bar.update(len(seeds))
+        return render(
+            family.pipeline,
+            [request.prompt] * len(seeds),
+            seeds,
+            steps=request.steps,
+            guidance=request.guidance,
+            size=request.size,
+            batch_size=len(seeds),
+        )
+
+    with family.sampling(), bar:
+        request.make(cache_folder(), mine, make, shown.batch_size)
+    accelerator.wait_for_everyone()
+    return request
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "finetune" / "class-images"
+
+
+class Run:
+    """A trainer at work: pictures on the way, checkpoints, trackers, and the files at the end."""
+
+    def __init__(self, recipe: Recipe[Any], trainer: Trainer, accelerator: Accelerator):
+        self.recipe = recipe
+        self.trainer = trainer
+        self.accelerator = accelerator
+        self.folder = recipe.output.folder
+        self.family = trainer.student.family
+        self.prompts = [recipe.fill(prompt) for prompt in recipe.validation.prompts]
+
+    def loop(self) -> None:
+        """Train to the end; on Ctrl-C or divergence, leave a checkpoint of the last good step."""
+        total, main = self.recipe.train.steps, self.accelerator.is_main_process
+        trackers = self._trackers() if main else None
+        self.validate(trackers)
+        bar = tqdm(total=total, initial=self.trainer.step, desc="training", disable=not main)
+        try:
+            for report in self.trainer.steps():
+                bar.update()
+                bar.set_postfix(loss=f"{report.loss:.4f}")
+                if trackers is not None:
+                    trackers.numbers(report.step, _numbers(report), [Path(draw.path).name for draw in report.draws])
+                self._keep(report.step, trackers)
+        except (KeyboardInterrupt, NonFiniteLoss):
+            self.save_checkpoint()
+            raise
+        finally:
+            bar.close()
+            if trackers is not None:
+                trackers.close()
+
+    def _keep(self, step: int, trackers: Trackers | None) -> None:
+        last = step == self.recipe.train.steps
+        if _due(step, self.recipe.train.checkpoint_every) and not last:
+            self.save_checkpoint()
+        if _due(step, self.recipe.validation.every) or last:
+            self.validate(trackers)
+
+    def _trackers(self) -> Trackers:
+        recipe = self.recipe
+        return Trackers(recipe.tracking, self.folder, recipe.name, recipe.dump(), self.trainer.step)
+
+    def save_checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            state = {"trainer": self.trainer.state(), "recipe": json.dumps(self.recipe.dump())}
+            checkpoint.save(self.folder / CHECKPOINTS, self.trainer.step, state, self.recipe.train.keep_checkpoints)
+
+    def validate(self, trackers: Trackers | None) -> None:
+        """Draw the validation prompts with the model as it trains, each process its share."""
+        step, shown = self.trainer.step, self.recipe.validation
+        paths = self.sample_paths(step)
+        mine = range(self.accelerator.process_index, len(paths), self.accelerator.num_processes)
+        with self.trainer.averaged(), self.family.sampling(), self.accelerator.autocast():
+            images = render(
+                self.family.pipeline,
+                [self.prompts[index] for index in mine],
+                [shown.seed + index for index in mine],
+                steps=shown.steps,
+                guidance=shown.guidance,
+                size=self.recipe.dataset.resolution,
+                batch_size=shown.batch_size,
+            )
+        for index, image in zip(mine, images, strict=True):
+            paths[index].parent.mkdir(parents=True, exist_ok=True)
+            image.save(paths[index])
+        self.accelerator.wait_for_everyone()
+        if trackers is not None and paths:
+            opened = {
+                f"validation/{prompt}": Image.open(path) for prompt, path in zip(self.prompts, paths, strict=True)
+            }
+            trackers.pictures(step, opened)
+
+    def sample_paths(self, step: int) -> list[Path]:
+        folder = self.folder / SAMPLES / f"step-{step:06d}"
+        return [folder / f"{index:02d}-{file_name(prompt)}.png" for index, prompt in enumerate(self.prompts)]
+
+    def probe(self, family: Family) -> torch.Tensor:
+        """Predictions on fixed inputs, by which an export is compared with what was trained."""
+        prompts = self.prompts[:2] or [self.recipe.placeholder]
+        with family.sampling():
+            return probe(family, prompts, self.recipe.dataset.resolution)
+
+    def finish(self, before: torch.Tensor, num_pictures: int) -> Result:
+        """Export, reload into a fresh pipeline, compare, and show."""
+        recipe, student = self.recipe, self.trainer.student
+        fingerprint = self.family.fingerprint
+        with self.trainer.averaged():
+            files = recipe.method.export(student, self.folder, getattr(torch, recipe.output.dtype), self._header())
+            after = self.probe(self.family)
+        precision = self.family.dtype
+        fresh = load_family(recipe)
+        load_adapters(fresh.pipeline, files)
+        fresh.pipeline.to(self.accelerator.device, precision)
+        verdict = compare(before, after, self.probe(fresh))
+        if not verdict.passed:
+            raise UserError(_complaint(verdict, files))
+        grid = self.save_grid()
+        write_card(recipe, files, fingerprint=fingerprint, num_pictures=num_pictures, verdict=verdict)
+        return Result(files, grid, verdict)
+
+    def _header(self) -> dict[str, str]:
+        """Small and readable: what a file is, without the run beside it."""
+        recipe = self.recipe
+        return {
+            "finetune_version": __version__,
+            "base": recipe.base.source,
+            "base_fingerprint": self.family.fingerprint,
+            "method": recipe.method.name,
+            "trigger": recipe.placeholder,
+            "steps": str(self.trainer.step),
+            "recipe_digest": recipe.digest(),
+            "zero_terminal_snr": str(recipe.train.zero_terminal_snr).lower(),
+        }
+
+    def save_grid(self) -> Path | None:
+        """The concept's pictures, what the base made of the prompts, and what it makes of them now."""
+        if not self.prompts:
+            return None
+        steps = {"before": 0, "after": self.trainer.step}
+        rows = {
+            f"{title} training": [Image.open(path) for path in self.sample_paths(step)] for title, step in steps.items()
+        }
+        shown = [Image.open(path) for path in self.trainer.concept.rows["path"][: len(self.prompts)]]
+        path = self.folder / GRID_FILE
+        make_grid({"the pictures": shown, **rows}, self.prompts, self.recipe.dataset.resolution).save(path)
+        return path
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _numbers(report: Report) -> dict[str, float]:
+    rates = {f"learning_rate/{name}": rate for name, rate in report.learning_rates.items()}
+    return {"loss": report.loss, "grad_norm": report.grad_norm, **rates}
+
+
+def _complaint(verdict: Verdict, files: Sequence[Path]) -> str:
+    names = ", ".join(str(file) for file in files)
+    if not verdict.changed:
+        return f"training changed nothing, so {names} hold nothing. Raise train.learning_rate or train.steps."
+    return (
+        f"{names}, loaded into a fresh pipeline, are {verdict.error:.1%} off what was trained "
+        f"(at most {Verdict.TOLERANCE:.0%} is accepted). Try output.dtype=float32; the last checkpoint is kept."
+    )

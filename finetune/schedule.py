@@ -1,0 +1,104 @@
+"""The recipe's `train` section: how long, how fast, with which optimizer."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from finetune.config import Fraction, PositiveFloat, PositiveInt, Section
+from finetune.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from finetune.student import Group
+
+OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
+    "prodigy": "prodigyopt.Prodigy",
+}
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class TrainConfig(Section):
+    """Counts are optimizer updates ("steps") and pictures; nothing multiplies behind the user's back."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt = 1
+    """Pictures of the concept in one step, over all processes; class images come on top, one for each."""
+    accumulate: PositiveInt = 1
+    """Parts that each process works through one after the other, to save memory."""
+    learning_rate: PositiveFloat = 1e-4
+    schedule: Schedule = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate grows from 0."""
+    optimizer: str = "adamw"
+    """adamw, adamw_8bit, prodigy, or the import path of any class, such as torch.optim.SGD."""
+    optimizer_options: dict[str, Any] = {}
+    max_grad_norm: PositiveFloat = 1.0
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    min_snr_gamma: PositiveFloat | None = None
+    zero_terminal_snr: bool = False
+    noise_offset: Annotated[float, Field(ge=0)] = 0.0
+    ema: Fraction | None = None
+    """Decay of an exponential moving average of the weights, which is what is then exported."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every: PositiveInt | None = None
+    keep_checkpoints: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        problems = []
+        if self.warmup >= self.steps:
+            problems.append(f"warmup: {self.warmup} steps leave none of the {self.steps} for training")
+        if self.batch_size % self.accumulate:
+            problems.append(
+                f"accumulate: {self.batch_size} pictures cannot be split into {self.accumulate} equal parts. "
+                "Make batch_size a multiple of it."
+            )
+        if "." not in self.optimizer and self.optimizer not in OPTIMIZERS:
+            problems.append(f"optimizer: unknown {self.optimizer!r}. {did_you_mean(self.optimizer, OPTIMIZERS)}")
+        if problems:
+            raise UserError(problems)
+        return self
+
+
+def build_optimizer(groups: Sequence[Group], config: TrainConfig) -> Optimizer:
+    """The optimizer over the groups, each with its own learning rate.
+
+    Raises:
+        UserError: it cannot be imported, or does not take the options.
+    """
+    module, _, name = OPTIMIZERS.get(config.optimizer, config.optimizer).rpartition(".")
+    try:
+        optimizer = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"train.optimizer: {config.optimizer} cannot be imported ({error})") from None
+    parameters = [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups]
+    try:
+        return optimizer(parameters, lr=config.learning_rate, **config.optimizer_options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train.optimizer_options: {config.optimizer} does not take them ({error})") from None
+
+
+def multiplier(config: TrainConfig, step: int, until: float = 1.0) -> float:
+    """What the learning rate is multiplied by at a step (from 0): a function of the step alone.
+
+    A group that rests after a share of the steps keeps its place on the schedule until then.
+    """
+    if step >= until * config.steps:
+        return 0.0
+    if step < config.warmup:
+        return (step + 1) / (config.warmup + 1)
+    progress = (step - config.warmup) / (config.steps - config.warmup)
+    if config.schedule == "linear":
+        return 1 - progress
+    if config.schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    return 1.0

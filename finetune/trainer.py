@@ -1,0 +1,183 @@
+"""The one training loop: every method and family runs through it, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from finetune.batch import Batch, Encoder
+from finetune.dataset import Draw, Pictures
+from finetune.errors import UserError
+from finetune.schedule import TrainConfig, build_optimizer, multiplier
+from finetune.student import Student
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+
+class NonFiniteLoss(UserError):
+    """Training diverged; the weights are those before the step that did."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one optimizer update did."""
+
+    step: int  # updates done, from 1
+    loss: float
+    grad_norm: float
+    learning_rates: dict[str, float]
+    draws: Sequence[Draw]  # this process's samples
+
+
+class Trainer:
+    """Steps that depend on (seed, step) and the weights alone.
+
+    A step's samples are numbered over all processes and accumulations, so the same
+    recipe sees the same pictures and noise on one process or on many, and a run that
+    is continued equals one that never stopped.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        concept: Pictures,
+        prior: Pictures | None,
+        config: TrainConfig,
+        accelerator: Accelerator,
+    ):
+        self.student = student
+        self.concept = concept
+        self.prior = prior
+        self.config = config
+        self.accelerator = accelerator
+        self.step = 0
+        parts = accelerator.num_processes * config.accumulate
+        if config.batch_size % parts:
+            raise UserError(
+                f"train.batch_size: {config.batch_size} pictures cannot be shared by {accelerator.num_processes} "
+                f"processes with accumulate {config.accumulate}. Make it a multiple of {parts}."
+            )
+        self.share = config.batch_size // parts
+        method = student.method
+        self.encoder = Encoder(student.family, trains_text=method.trains_text, noise_offset=config.noise_offset)
+        self._prepare_family()
+        self.model, self.optimizer = accelerator.prepare(student, build_optimizer(student.groups, config))
+        self.ema = None if config.ema is None else _average(student, config.ema)
+
+    def steps(self) -> Iterator[Report]:
+        """Train to the end, a report for each update."""
+        while self.step < self.config.steps:
+            report = self._update()
+            self.step += 1
+            yield report
+
+    def _update(self) -> Report:
+        rates = self._set_learning_rates()
+        # Only dropout draws from the global state, and differently on each process.
+        torch.manual_seed(hash((self.config.seed, self.step, self.accelerator.process_index)))
+        total, drawn = torch.zeros((), device=self.accelerator.device), []
+        for part in range(self.config.accumulate):
+            batch, draws = self._batch(part)
+            last = part == self.config.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                losses = self.model(batch)
+                loss = self.student.method.reduce(losses, batch.num_prior) / self.config.accumulate
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            drawn += draws
+        loss = float(cast("Tensor", self.accelerator.reduce(total, reduction="mean")))
+        norms = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
+        norm = float(cast("Tensor", norms))
+        self._stop_if_not_finite(loss, norm, drawn)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.student.method.after_step(self.student)
+        if self.ema is not None:
+            self.ema.step(self.student.parameters())
+        return Report(self.step + 1, loss, norm, rates, drawn)
+
+    def _batch(self, part: int) -> tuple[Batch, list[Draw]]:
+        """This process's samples of one part of the step: the concept's, then as many of the prior's."""
+        place = (self.accelerator.process_index * self.config.accumulate + part) * self.share
+        first = self.step * self.config.batch_size + place
+        positions = range(first, first + self.share)
+        sources = [source for source in (self.concept, self.prior) if source is not None]
+        draws = [source.draw(self.config.seed, position) for source in sources for position in positions]
+        keep = self.concept.config.crop == "center"
+        return self.encoder.encode(draws, num_prior=len(draws) - self.share, keep=keep), draws
+
+    def _set_learning_rates(self) -> dict[str, float]:
+        rates = {}
+        for group, settings in zip(self.student.groups, self.optimizer.param_groups, strict=True):
+            settings["lr"] = group.learning_rate * multiplier(self.config, self.step, group.until)
+            rates[group.name] = settings["lr"]
+        return rates
+
+    def _stop_if_not_finite(self, loss: float, norm: float, draws: Sequence[Draw]) -> None:
+        scaled = self.accelerator.scaler is not None  # fp16 skips steps whose gradients overflow
+        if np.isfinite(loss) and (scaled or np.isfinite(norm)):
+            return
+        self.optimizer.zero_grad()
+        names = ", ".join(sorted({draw.path for draw in draws}))
+        raise NonFiniteLoss(
+            f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}. The weights before this step "
+            f"are kept. Its pictures: {names}. Try a lower train.learning_rate, or another train.precision."
+        )
+
+    def _prepare_family(self) -> None:
+        family, trained = self.student.family, {group.name for group in self.student.groups}
+        for name in (family.denoiser_name, *family.text_encoders):
+            part = getattr(family.pipeline, name)
+            if name in trained:
+                part.train()
+            if self.config.gradient_checkpointing:
+                # Two libraries, two names; transformers' also needs train mode.
+                enable = getattr(part, "enable_gradient_checkpointing", None) or part.gradient_checkpointing_enable
+                enable()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights to look at and to export: their moving average, if there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.student.parameters())
+        self.ema.copy_to(self.student.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.student.parameters())
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "weights": dict(self.student.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.student.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _average(student: Student, decay: float) -> Any:
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(list(student.parameters()), decay=decay)

@@ -1,0 +1,80 @@
+"""The house's layering, held on the syntax tree: each room imports only the rooms beneath it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "finetune"
+LEAVES = {"errors", "quiet"}
+MAY_IMPORT = {
+    "config": set(),
+    "registry": set(),
+    "objectives": set(),
+    "tracking": set(),
+    "checkpoint": set(),
+    "grid": set(),
+    "dataset": {"config"},
+    "families": {"objectives", "registry"},
+    "batch": {"dataset", "families"},
+    "student": {"batch", "families", "methods"},
+    "lowrank": set(),
+    "vocabulary": {"families"},
+    "export": {"batch", "families", "lowrank", "student", "vocabulary"},
+    "load": set(),
+    "schedule": {"config", "student"},
+    "methods": {"batch", "config", "export", "families", "lowrank", "registry", "student", "vocabulary"},
+    "trainer": {"batch", "dataset", "schedule", "student"},
+    "recipe": {"config", "dataset", "methods", "schedule", "tracking"},
+    "plan": {"dataset", "methods", "recipe"},
+    "card": {"export", "recipe"},
+    "run": None,  # the wiring
+    "cli": None,
+    "__main__": None,
+}
+
+
+def imported_rooms(source: str) -> set[str]:
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
+    names = {
+        name
+        for node in nodes
+        for name in ([f"finetune.{alias.name}" for alias in node.names] if node.module == "finetune" else [node.module])
+    }
+    return {name.split(".")[1] for name in names if name and name.startswith("finetune.")} - {"__version__"}
+
+
+def files() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_the_rooms_beneath_it(path: Path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    allowed = MAY_IMPORT.get(room, set()) if room not in LEAVES else set()
+    if allowed is None:
+        return
+    above = imported_rooms(path.read_text()) - {room} - LEAVES - allowed
+    assert not above, f"{path.name} imports {sorted(above)}; {room} may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_function_needs_a_scroll_bar_and_no_file_an_afternoon(path: Path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 45, f"{node.name} is too long"
+
+
+def test_accelerate_and_peft_stay_in_their_rooms():
+    for package, rooms in {"accelerate": {"trainer", "run"}, "peft": {"lowrank"}}.items():
+        users = {
+            path.stem
+            for path in files()
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package
+        }
+        assert users <= rooms
