@@ -50,13 +50,17 @@ def train(
     loaded = _load(recipe, overrides)
     from finetune import run
 
-    result = run.train(loaded, resume=resume, overwrite=overwrite)
-    if result.verdict is not None:
-        for file in result.files:
-            print(f"{file}  ({file.stat().st_size / 1000:,.0f} kB)")
-        print(f"reloaded into a fresh pipeline: {result.verdict.error:.2%} off the trained model's change")
-        if result.grid:
-            print(f"pictures: {result.grid}")
+    at_work = run.prepare(loaded, resume=resume, overwrite=overwrite)
+    if at_work.is_main:
+        _print_plan(loaded, at_work.pictures, at_work.describe_machine())
+    at_work.loop()
+    if not at_work.is_main:
+        return
+    result = at_work.finish()
+    print(f"reloaded into a fresh pipeline: {result.verdict.error:.2%} off what was learnt")
+    for file in result.files:
+        print(f"{file}  ({file.stat().st_size / 1000:,.0f} kB)")
+    print(*filter(None, [result.grid, result.card]), sep="\n")
 
 
 @app.command()
@@ -118,10 +122,9 @@ def show(recipe: RecipeName, overrides: Overrides = None) -> None:
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """The recipe and its pictures, before any model is loaded."""
     loaded = _load(recipe, overrides)
-    from finetune.plan import plan
+    from finetune.plan import check
 
-    for title, text in plan(loaded).items():
-        print(f"{title:14}{text}")
+    _print_plan(loaded, check(loaded))
 
 
 @app.command()
@@ -134,6 +137,14 @@ def _load(recipe: str, overrides: list[str] | None) -> Any:
     from finetune.recipe import load
 
     return load(recipe, overrides or [])
+
+
+def _print_plan(recipe: Any, pictures: Any, machine: str | None = None) -> None:
+    from finetune.plan import plan
+
+    lines = plan(recipe, pictures) | ({"machine": machine} if machine else {})
+    for title, text in lines.items():
+        print(f"{title:10}{text}")
 
 
 def _headline(path: Path) -> str:

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.dataset.scan import scan
+from finetune.dataset.scan import Picture, scan
 from finetune.errors import UserError
 from finetune.methods.base import Prior
 from finetune.recipe import Recipe
 
 
-def plan(recipe: Recipe[Any]) -> dict[str, str]:
-    """A line for each thing a user wants to know first. Raises UserError where the pictures cannot be used."""
+def check(recipe: Recipe[Any]) -> list[Picture]:
+    """The recipe's pictures; UserError with everything that is wrong with them or their captions."""
     pictures = scan(recipe.dataset)
-    check_captions(recipe, [caption for picture in pictures for caption in picture.captions])
+    if recipe.method.trains_word:
+        captions = sorted({caption for picture in pictures for caption in picture.captions})
+        lacking = [text for text in captions if "{}" not in text and recipe.placeholder not in text]
+        if lacking:
+            raise UserError(
+                f"caption {text!r} has neither {{}} nor {recipe.placeholder!r}: nothing can be learnt from it"
+                for text in lacking
+            )
+    return pictures
+
+
+def plan(recipe: Recipe[Any], pictures: Sequence[Picture]) -> dict[str, str]:
+    """A line for each thing that a user wants to know first."""
     train, method = recipe.train, recipe.method
     smallest = min(min(picture.width, picture.height) for picture in pictures)
     enlarged = f", the smallest enlarged from {smallest}" if smallest < recipe.dataset.resolution else ""
@@ -36,15 +48,3 @@ def _describe(prior: Prior | None) -> str:
     if prior.source == "prediction":
         return f"the base's own prediction on {prior.prompt!r}"
     return f"{prior.count} pictures of {prior.prompt!r}, made by the base"
-
-
-def check_captions(recipe: Recipe[Any], captions: Sequence[str]) -> None:
-    """Every caption a word is learnt from must have that word."""
-    if not recipe.method.trains_word:
-        return
-    lacking = sorted({text for text in captions if "{}" not in text and recipe.placeholder not in text})
-    if lacking:
-        raise UserError(
-            f"caption {text!r} has neither {{}} nor {recipe.placeholder!r}: nothing can be learnt from it"
-            for text in lacking
-        )

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from tqdm import tqdm
 
 from finetune import __version__, checkpoint
 from finetune.card import write_card
-from finetune.dataset import Pictures, scan
+from finetune.dataset import Picture, Pictures
 from finetune.dataset.class_images import ClassImages
 from finetune.errors import UserError
 from finetune.export import Verdict, compare, probe
@@ -25,7 +26,7 @@ from finetune.families.base import Family, Source, families
 from finetune.grid import make_grid
 from finetune.load import file_name, load_adapters, render, use_ddim
 from finetune.methods.base import Prior
-from finetune.plan import check_captions
+from finetune.plan import check
 from finetune.quiet import quiet_loading
 from finetune.recipe import Recipe, known_families
 from finetune.tracking import Trackers
@@ -36,8 +37,16 @@ RECIPE_FILE, GRID_FILE, CHECKPOINTS, SAMPLES = "recipe.yaml", "grid.png", "check
 
 def train(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = False) -> Result:
     """Teach the base the concept, write the small files, and prove that they hold what was learnt."""
-    pictures = scan(recipe.dataset)
-    check_captions(recipe, [caption for picture in pictures for caption in picture.captions])
+    run = prepare(recipe, resume=resume, overwrite=overwrite)
+    run.loop()
+    return run.finish()
+
+
+def prepare(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = False) -> Run:
+    """Everything before the first step: data checked, base loaded, class images made, checkpoint read."""
+    pictures = check(recipe)
+    # Accelerate keeps its state for the process; each recipe has a precision of its own.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
     found = open_folder(recipe, accelerator, resume=resume, overwrite=overwrite)
     torch.manual_seed(recipe.train.seed)
@@ -46,12 +55,10 @@ def train(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = False)
     concept = Pictures.from_pictures(pictures, recipe.dataset, recipe.placeholder)
     prior = make_prior(recipe, family, concept, accelerator)
     student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
-    run = Run(recipe, Trainer(student, concept, prior, recipe.train, accelerator), accelerator)
-    before = run.probe(family)
+    run = Run(recipe, pictures, Trainer(student, concept, prior, recipe.train, accelerator))
     if found is not None:
         run.trainer.resume(checkpoint.load(found)["trainer"])
-    run.loop()
-    return run.finish(before, len(pictures)) if accelerator.is_main_process else Result([], None, None)
+    return run
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class Result:
 
     files: list[Path]
     grid: Path | None
-    verdict: Verdict | None
+    card: Path
+    verdict: Verdict
 
 
 def load_family(recipe: Recipe[Any]) -> Family:
@@ -203,20 +211,31 @@ def cache_folder() -> Path:
 class Run:
     """A trainer at work: pictures on the way, checkpoints, trackers, and the files at the end."""
 
-    def __init__(self, recipe: Recipe[Any], trainer: Trainer, accelerator: Accelerator):
+    def __init__(self, recipe: Recipe[Any], pictures: Sequence[Picture], trainer: Trainer):
         self.recipe = recipe
+        self.pictures = pictures
         self.trainer = trainer
-        self.accelerator = accelerator
+        self.accelerator = trainer.accelerator
         self.folder = recipe.output.folder
         self.family = trainer.student.family
         self.prompts = [recipe.fill(prompt) for prompt in recipe.validation.prompts]
+        self.before = self.probe(self.family)
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def describe_machine(self) -> str:
+        device, count = self.accelerator.device, self.accelerator.num_processes
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        return f"{count} x {name}, {self.trainer.student.num_parameters():,} parameters are trained"
 
     def loop(self) -> None:
         """Train to the end; on Ctrl-C or divergence, leave a checkpoint of the last good step."""
-        total, main = self.recipe.train.steps, self.accelerator.is_main_process
-        trackers = self._trackers() if main else None
+        total = self.recipe.train.steps
+        trackers = self._trackers() if self.is_main else None
         self.validate(trackers)
-        bar = tqdm(total=total, initial=self.trainer.step, desc="training", disable=not main)
+        bar = tqdm(total=total, initial=self.trainer.step, desc="training", disable=not self.is_main)
         try:
             for report in self.trainer.steps():
                 bar.update()
@@ -244,7 +263,7 @@ class Run:
         return Trackers(recipe.tracking, self.folder, recipe.name, recipe.dump(), self.trainer.step)
 
     def save_checkpoint(self) -> None:
-        if self.accelerator.is_main_process:
+        if self.is_main:
             state = {"trainer": self.trainer.state(), "recipe": json.dumps(self.recipe.dump())}
             checkpoint.save(self.folder / CHECKPOINTS, self.trainer.step, state, self.recipe.train.keep_checkpoints)
 
@@ -283,7 +302,7 @@ class Run:
         with family.sampling():
             return probe(family, prompts, self.recipe.dataset.resolution)
 
-    def finish(self, before: torch.Tensor, num_pictures: int) -> Result:
+    def finish(self) -> Result:
         """Export, reload into a fresh pipeline, compare, and show."""
         recipe, student = self.recipe, self.trainer.student
         fingerprint = self.family.fingerprint
@@ -294,12 +313,12 @@ class Run:
         fresh = load_family(recipe)
         load_adapters(fresh.pipeline, files)
         fresh.pipeline.to(self.accelerator.device, precision)
-        verdict = compare(before, after, self.probe(fresh))
+        verdict = compare(self.before, after, self.probe(fresh))
         if not verdict.passed:
             raise UserError(_complaint(verdict, files))
         grid = self.save_grid()
-        write_card(recipe, files, fingerprint=fingerprint, num_pictures=num_pictures, verdict=verdict)
-        return Result(files, grid, verdict)
+        card = write_card(recipe, files, fingerprint=fingerprint, num_pictures=len(self.pictures), verdict=verdict)
+        return Result(files, grid, card, verdict)
 
     def _header(self) -> dict[str, str]:
         """Small and readable: what a file is, without the run beside it."""
@@ -323,7 +342,7 @@ class Run:
         rows = {
             f"{title} training": [Image.open(path) for path in self.sample_paths(step)] for title, step in steps.items()
         }
-        shown = [Image.open(path) for path in self.trainer.concept.rows["path"][: len(self.prompts)]]
+        shown = [Image.open(picture.path) for picture in self.pictures[: len(self.prompts)]]
         path = self.folder / GRID_FILE
         make_grid({"the pictures": shown, **rows}, self.prompts, self.recipe.dataset.resolution).save(path)
         return path

@@ -80,6 +80,11 @@ def build_optimizer(groups: Sequence[Group], config: TrainConfig) -> Optimizer:
         optimizer = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"train.optimizer: {config.optimizer} cannot be imported ({error})") from None
+    if config.optimizer == "prodigy" and any(group.learning_rate != config.learning_rate for group in groups):
+        raise UserError(
+            "train.optimizer: prodigy finds one rate for all parameters. Give the method's own learning rates "
+            f"the value of train.learning_rate ({config.learning_rate})."
+        )
     parameters = [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups]
     try:
         return optimizer(parameters, lr=config.learning_rate, **config.optimizer_options)

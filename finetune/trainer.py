@@ -33,7 +33,7 @@ class Report:
     loss: float
     grad_norm: float
     learning_rates: dict[str, float]
-    draws: Sequence[Draw]  # this process's samples
+    draws: Sequence[Draw]  # of all processes: the concept's, then the prior's
 
 
 class Trainer:
@@ -82,20 +82,19 @@ class Trainer:
         rates = self._set_learning_rates()
         # Only dropout draws from the global state, and differently on each process.
         torch.manual_seed(hash((self.config.seed, self.step, self.accelerator.process_index)))
-        total, drawn = torch.zeros((), device=self.accelerator.device), []
+        total, draws = torch.zeros((), device=self.accelerator.device), self._draw()
         for part in range(self.config.accumulate):
-            batch, draws = self._batch(part)
+            batch = self._batch(draws, part)
             last = part == self.config.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 losses = self.model(batch)
                 loss = self.student.method.reduce(losses, batch.num_prior) / self.config.accumulate
                 self.accelerator.backward(loss)
             total += loss.detach()
-            drawn += draws
         loss = float(cast("Tensor", self.accelerator.reduce(total, reduction="mean")))
         norms = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
         norm = float(cast("Tensor", norms))
-        self._stop_if_not_finite(loss, norm, drawn)
+        self._stop_if_not_finite(loss, norm, drawn := [draw for half in draws for draw in half])
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.student.method.after_step(self.student)
@@ -103,15 +102,18 @@ class Trainer:
             self.ema.step(self.student.parameters())
         return Report(self.step + 1, loss, norm, rates, drawn)
 
-    def _batch(self, part: int) -> tuple[Batch, list[Draw]]:
-        """This process's samples of one part of the step: the concept's, then as many of the prior's."""
-        place = (self.accelerator.process_index * self.config.accumulate + part) * self.share
-        first = self.step * self.config.batch_size + place
-        positions = range(first, first + self.share)
+    def _draw(self) -> list[list[Draw]]:
+        """The step's samples over all processes: the concept's, and as many of the prior's if there is one."""
+        positions = range(self.step * self.config.batch_size, (self.step + 1) * self.config.batch_size)
         sources = [source for source in (self.concept, self.prior) if source is not None]
-        draws = [source.draw(self.config.seed, position) for source in sources for position in positions]
+        return [[source.draw(self.config.seed, position) for position in positions] for source in sources]
+
+    def _batch(self, draws: list[list[Draw]], part: int) -> Batch:
+        """This process's share of one part of the step."""
+        place = (self.accelerator.process_index * self.config.accumulate + part) * self.share
+        mine = [draw for half in draws for draw in half[place : place + self.share]]
         keep = self.concept.config.crop == "center"
-        return self.encoder.encode(draws, num_prior=len(draws) - self.share, keep=keep), draws
+        return self.encoder.encode(mine, num_prior=len(mine) - self.share, keep=keep)
 
     def _set_learning_rates(self) -> dict[str, float]:
         rates = {}

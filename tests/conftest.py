@@ -6,15 +6,15 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
+from finetune.quiet import quiet
+
+quiet()
+
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-
-from finetune.quiet import quiet
-
-quiet()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,70 @@
+"""Short runs of every method on tiny bases: what the matrix of tests walks through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+from finetune.config import build
+from finetune.methods.base import methods
+from finetune.recipe import Recipe
+
+# Method -> the ways to use it that differ in code. A registered method without one fails the matrix.
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {
+        "plain": {"rank": 4},
+        "alpha-and-text": {"rank": 4, "alpha": 1.0, "text_encoder": True, "text_encoder_learning_rate": 0.01},
+        "patterns": {"rank": 4, "alpha": 2.0, "targets": ["convolution"], "rank_pattern": {"conv1": 2, "to_q": 6}},
+    },
+    "dreambooth": {
+        "images": {"rank": 4, "class_prompt": "a thing", "num_class_images": 3},
+        "prediction": {"rank": 4, "prior": "prediction", "class_prompt": "a thing", "text_encoder": True},
+        "whole": {
+            "denoiser": "whole",
+            "rank": 16,
+            "prior": "prediction",
+            "class_prompt": "a thing",
+            "text_encoder": True,
+        },
+    },
+    "textual_inversion": {
+        "one-vector": {"init": "thing"},
+        "three-vectors": {"init": "thing", "num_vectors": 3, "preserve_norm": True},
+    },
+    "pivotal_tuning": {"plain": {"rank": 4, "init": "thing", "num_vectors": 2, "text_encoder": True}},
+}
+CASES = [
+    (family, variant, method, way)
+    for family, variants in tiny.BASES.items()
+    for variant in variants
+    for method in methods.names()
+    for way in WAYS[method]
+]
+# One way of each method on each family, where a test is about the loop and not about the way.
+FAMILY_X_METHOD = list({(case[0], case[2]): case for case in CASES}.values())
+
+
+def name(case: tuple[str, ...]) -> str:
+    return "-".join(case)
+
+
+def recipe(
+    base: Path, output: Path, method: str, way: str | dict[str, Any], pictures: Path | None = None, **sections: Any
+) -> Recipe[Any]:
+    """Four steps of two pictures at a rate that moves things; `sections` are merged over it."""
+    settings = WAYS[method][way] if isinstance(way, str) else way
+    tree: dict[str, Any] = {
+        "name": "lesson",
+        "placeholder": "<it>",
+        "base": {"source": str(base)},
+        "method": {"name": method, **settings},
+        "dataset": {"folder": str(pictures or tiny.save_pictures(output / "pictures")), "resolution": tiny.SIZE},
+        "train": {"steps": 4, "batch_size": 2, "learning_rate": 0.01},
+        "validation": {"prompts": ["a {} thing"], "steps": 2, "guidance": 2.0},
+        "output": {"folder": str(output / "run"), "dtype": "float32"},
+    }
+    for section, values in sections.items():
+        tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
+    return build(Recipe[methods[method]], tree)

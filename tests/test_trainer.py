@@ -1,0 +1,273 @@
+"""The loop: resumed, accumulated and shared runs equal the plain one; what must not disturb it does not."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lessons
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from finetune import checkpoint, run
+from finetune.errors import UserError
+from finetune.trainer import NonFiniteLoss
+
+# Five pictures and four a step: a step ends in the middle of an epoch.
+HARD = {
+    "steps": 6,
+    "batch_size": 4,
+    "accumulate": 2,
+    "schedule": "cosine",
+    "warmup": 1,
+    "ema": 0.9,
+    "min_snr_gamma": 5.0,
+    "noise_offset": 0.1,
+}
+DRAWN = {"crop": "random", "flip": True}
+
+
+def weights(at_work: run.Run) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in at_work.trainer.student.state_dict().items()}
+
+
+def lines(at_work: run.Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (at_work.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def hard(base_folder: Any, case: tuple[str, ...], output: Path, pictures: Path, **train: Any) -> Any:
+    family, variant, method, way = case
+    settings = dict(lessons.WAYS[method][way])
+    if method in ("lora", "dreambooth", "pivotal_tuning") and "denoiser" not in settings:
+        settings["dropout"] = 0.2
+    return lessons.recipe(
+        base_folder(family, variant), output, method, settings, pictures, train=HARD | train, dataset=DRAWN
+    )
+
+
+@pytest.mark.parametrize("case", lessons.CASES, ids=lessons.name)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    case: tuple[str, ...], base_folder: Any, tmp_path: Path
+):
+    pictures = tiny.save_pictures(tmp_path / "pictures", count=5, size=48)
+    whole = run.prepare(hard(base_folder, case, tmp_path / "whole", pictures))
+    whole.loop()
+    recipe = hard(base_folder, case, tmp_path / "halves", pictures, checkpoint_every=1)
+    first = run.prepare(recipe)
+    first.recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint_every": 1})})
+    stop_after(first, 4)
+    second = run.prepare(recipe, resume=True)
+    assert second.trainer.step == 4
+    start = weights(second)
+    second.loop()
+    assert any(not torch.equal(start[name], value) for name, value in weights(second).items())
+    assert lines(second) == lines(whole)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(second).items())
+    with whole.trainer.averaged(), second.trainer.averaged():
+        assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(second).items())
+
+
+def stop_after(at_work: run.Run, steps: int) -> None:
+    """Ctrl-C in the middle of a run."""
+
+    def interrupt(step: int, trackers: Any, keep: Any = at_work._keep) -> None:
+        keep(step, trackers)
+        if step == steps:
+            raise KeyboardInterrupt
+
+    at_work._keep = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        at_work.loop()
+
+
+def test_accumulation_changes_the_memory_and_not_the_result(base_folder: Any, tmp_path: Path):
+    case = ("stable_diffusion", "epsilon", "lora", "plain")
+    pictures = tiny.save_pictures(tmp_path / "pictures")
+    runs = []
+    for accumulate in (1, 2, 4):
+        output = tmp_path / str(accumulate)
+        at_work = run.prepare(
+            lessons.recipe(
+                base_folder(*case[:2]),
+                output,
+                *case[2:],
+                pictures,
+                train={"batch_size": 4, "accumulate": accumulate, "optimizer": "torch.optim.SGD"},
+            )
+        )
+        at_work.loop()
+        runs.append(at_work)
+    for other in runs[1:]:
+        assert [line["pictures"] for line in lines(other)] == [line["pictures"] for line in lines(runs[0])]
+        for name, value in weights(other).items():
+            torch.testing.assert_close(value, weights(runs[0])[name], rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_see_the_samples_of_one_and_learn_the_same(base_folder: Any, tmp_path: Path):
+    pictures = tiny.save_pictures(tmp_path / "pictures")
+    train = {"batch_size": 4, "optimizer": "torch.optim.SGD", "learning_rate": 0.1, "max_grad_norm": 0.5}
+    recipes = {
+        count: lessons.recipe(
+            base_folder("stable_diffusion"), tmp_path / str(count), "dreambooth", "images", pictures, train=train
+        )
+        for count in (1, 2)
+    }
+    alone = run.prepare(recipes[1])
+    alone.loop()
+    alone.finish()
+    (tmp_path / "recipe.yaml").write_text(recipes[2].to_yaml())
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "finetune", "train", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x " in done.stdout
+    together = [json.loads(line) for line in (tmp_path / "2/run/metrics.jsonl").read_text().splitlines()]
+    for one, two in zip(lines(alone), together, strict=True):
+        assert one["pictures"] == two["pictures"]
+        assert math.isclose(one["loss"], two["loss"], rel_tol=1e-4)
+        assert math.isclose(one["grad_norm"], two["grad_norm"], rel_tol=1e-3)
+    file = "run/pytorch_lora_weights.safetensors"
+    ours, theirs = load_file(tmp_path / "1" / file), load_file(tmp_path / "2" / file)
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_validation_pictures_disturb_nothing(base_folder: Any, tmp_path: Path):
+    pictures = tiny.save_pictures(tmp_path / "pictures")
+    runs = []
+    for every in (None, 1):
+        way = {"rank": 4, "dropout": 0.3}
+        recipe = lessons.recipe(
+            base_folder("stable_diffusion"), tmp_path / str(every), "lora", way, pictures, validation={"every": every}
+        )
+        at_work = run.prepare(recipe)
+        at_work.loop()
+        runs.append(at_work)
+    assert lines(runs[0]) == lines(runs[1])
+    assert all(torch.equal(value, weights(runs[1])[name]) for name, value in weights(runs[0]).items())
+
+
+def test_the_exported_weights_are_the_moving_average(base_folder: Any, tmp_path: Path):
+    at_work = run.prepare(
+        lessons.recipe(base_folder("stable_diffusion"), tmp_path, "textual_inversion", "one-vector", train={"ema": 0.5})
+    )
+    at_work.loop()
+    live = next(iter(weights(at_work).values()))
+    result = at_work.finish()
+    (exported,) = load_file(result.files[0]).values()
+    assert not torch.equal(exported, live)
+    with at_work.trainer.averaged():
+        assert torch.equal(exported, next(iter(weights(at_work).values())))
+
+
+def test_a_run_that_diverges_stops_before_the_update_and_names_its_pictures(base_folder: Any, tmp_path: Path):
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain")
+    at_work = run.prepare(recipe)
+    report = next(at_work.trainer.steps())
+    good = weights(at_work)
+    at_work.family.denoiser.conv_out.weight.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteLoss, match=r"step 2: the loss is nan.*\.png"):
+        at_work.loop()
+    assert report.step == 1 and math.isfinite(report.loss)
+    assert all(torch.equal(value, good[name]) for name, value in weights(at_work).items())
+    found = checkpoint.newest(at_work.folder / run.CHECKPOINTS)
+    assert found is not None and found.name == "step-000001"
+
+
+def test_a_changed_recipe_cannot_resume_and_the_difference_is_named(base_folder: Any, tmp_path: Path):
+    case = base_folder("stable_diffusion"), tmp_path, "lora"
+    pictures = tiny.save_pictures(tmp_path / "pictures")
+    at_work = run.prepare(lessons.recipe(*case, {"rank": 4}, pictures))
+    stop_after(at_work, 2)
+    with pytest.raises(UserError, match=r"method\.rank: was 4, is now 8"):
+        run.prepare(lessons.recipe(*case, {"rank": 8}, pictures), resume=True)
+
+
+def test_an_earlier_run_is_never_overwritten_unasked(base_folder: Any, tmp_path: Path):
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain")
+    run.train(recipe)
+    with pytest.raises(UserError, match=r"--resume.*--overwrite"):
+        run.prepare(recipe)
+
+
+def test_an_uneven_share_is_refused_with_the_number_that_would_do(base_folder: Any, tmp_path: Path):
+    recipe = lessons.recipe(
+        base_folder("stable_diffusion"), tmp_path, "lora", "plain", train={"batch_size": 4, "accumulate": 2}
+    )
+    object.__setattr__(recipe.train, "accumulate", 3)
+    with pytest.raises(UserError, match="multiple of 3"):
+        run.prepare(recipe)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"gradient_checkpointing": True},
+        {"precision": "bf16"},
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "prodigy", "learning_rate": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", lessons.FAMILY_X_METHOD, ids=lessons.name)
+def test_settings_of_the_loop_work_with_every_method(
+    train: dict[str, Any], case: tuple[str, ...], base_folder: Any, tmp_path: Path
+):
+    family, variant, method, way = case
+    settings = dict(lessons.WAYS[method][way])
+    if method == "pivotal_tuning" and train.get("optimizer") == "prodigy":
+        settings["word_learning_rate"] = train["learning_rate"]
+    at_work = run.prepare(lessons.recipe(base_folder(family, variant), tmp_path, method, settings, train=train))
+    at_work.loop()
+    assert all(math.isfinite(line["loss"]) for line in lines(at_work))
+    assert all(value.dtype == torch.float32 for value in weights(at_work).values())
+
+
+def test_prodigy_refuses_rates_that_differ(base_folder: Any, tmp_path: Path):
+    train = {"optimizer": "prodigy", "learning_rate": 1.0}
+    with pytest.raises(UserError, match="prodigy finds one rate"):
+        run.prepare(lessons.recipe(base_folder("stable_diffusion"), tmp_path, "pivotal_tuning", "plain", train=train))
+
+
+def test_gradient_checkpointing_changes_no_result(base_folder: Any, tmp_path: Path):
+    pictures, runs = tiny.save_pictures(tmp_path / "pictures"), []
+    for checkpointing in (False, True):
+        recipe = lessons.recipe(
+            base_folder("stable_diffusion"),
+            tmp_path / str(checkpointing),
+            "lora",
+            "alpha-and-text",
+            pictures,
+            train={"gradient_checkpointing": checkpointing},
+        )
+        runs.append(run.prepare(recipe))
+        runs[-1].loop()
+    for name, value in weights(runs[0]).items():
+        torch.testing.assert_close(value, weights(runs[1])[name])
+
+
+def test_zero_terminal_snr_needs_a_base_that_predicts_v(base_folder: Any, tmp_path: Path):
+    train = {"zero_terminal_snr": True}
+    with pytest.raises(UserError, match="predict v"):
+        run.prepare(
+            lessons.recipe(base_folder("stable_diffusion", "epsilon"), tmp_path / "a", "lora", "plain", train=train)
+        )
+    at_work = run.prepare(
+        lessons.recipe(base_folder("stable_diffusion", "v_prediction"), tmp_path / "b", "lora", "plain", train=train)
+    )
+    assert at_work.family.objective.alphas_cumprod[-1] == 0
+    assert at_work.family.pipeline.scheduler.config.timestep_spacing == "trailing"
+    at_work.loop()
+    assert all(math.isfinite(line["loss"]) for line in lines(at_work))
