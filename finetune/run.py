@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +18,13 @@ from tqdm import tqdm
 from finetune import __version__, checkpoint
 from finetune.card import write_card
 from finetune.dataset import Picture, Pictures
-from finetune.dataset.class_images import ClassImages
 from finetune.errors import UserError
 from finetune.export import Verdict, compare, probe
 from finetune.families.base import Family, Source, families
 from finetune.grid import make_grid
 from finetune.load import file_name, load_adapters, render, use_ddim
-from finetune.methods.base import Prior
 from finetune.plan import check
+from finetune.prior import make_prior
 from finetune.quiet import quiet_loading
 from finetune.recipe import Recipe, known_families
 from finetune.tracking import Trackers
@@ -156,58 +154,6 @@ def _check_unchanged(recipe: Recipe[Any], before: str, found: Path) -> None:
         raise UserError([f"--resume: the recipe differs from that of {found}:", *changed])
 
 
-def make_prior(recipe: Recipe[Any], family: Family, concept: Pictures, accelerator: Accelerator) -> Pictures | None:
-    """What keeps the class in place: pictures made by the base, or the concept's own under the class prompt."""
-    prior = recipe.method.prior_half
-    if prior is None:
-        return None
-    if prior.source == "prediction":
-        return concept.as_prior(prior.prompt)
-    made = make_class_images(recipe, prior, family, accelerator)
-    config = recipe.dataset.model_copy(update={"crop": "center", "flip": False})
-    pictures = Pictures.from_pictures(made.pictures(cache_folder(), prior.count), config, recipe.placeholder)
-    return pictures.as_prior(prior.prompt)
-
-
-def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, accelerator: Accelerator) -> ClassImages:
-    """Have the base make those class images that the cache lacks, shared among the processes."""
-    shown = recipe.validation
-    request = ClassImages(
-        prompt=prior.prompt,
-        model=family.fingerprint,
-        sampler=type(family.pipeline.scheduler).__name__,
-        steps=shown.steps,
-        guidance=shown.guidance,
-        size=recipe.dataset.resolution,
-        seed=recipe.train.seed,
-    )
-    missing = request.missing(cache_folder(), prior.count)
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(total=len(mine), desc="class images", disable=not (accelerator.is_main_process and mine))
-
-    def make(seeds: Sequence[int]) -> list[Image.Image]:
-        bar.update(len(seeds))
-        return render(
-            family.pipeline,
-            [request.prompt] * len(seeds),
-            seeds,
-            steps=request.steps,
-            guidance=request.guidance,
-            size=request.size,
-            batch_size=len(seeds),
-        )
-
-    with family.sampling(), bar:
-        request.make(cache_folder(), mine, make, shown.batch_size)
-    accelerator.wait_for_everyone()
-    return request
-
-
-def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "finetune" / "class-images"
-
-
 class Run:
     """A trainer at work: pictures on the way, checkpoints, trackers, and the files at the end."""
 
@@ -269,28 +215,30 @@ class Run:
 
     def validate(self, trackers: Trackers | None) -> None:
         """Draw the validation prompts with the model as it trains, each process its share."""
-        step, shown = self.trainer.step, self.recipe.validation
-        paths = self.sample_paths(step)
-        mine = range(self.accelerator.process_index, len(paths), self.accelerator.num_processes)
-        with self.trainer.averaged(), self.family.sampling(), self.accelerator.autocast():
+        paths = self.sample_paths(self.trainer.step)
+        with self.trainer.averaged():
+            self.draw(range(self.accelerator.process_index, len(paths), self.accelerator.num_processes))
+        self.accelerator.wait_for_everyone()
+        if trackers is not None and paths:
+            named = zip(self.prompts, paths, strict=True)
+            trackers.pictures(self.trainer.step, {f"validation/{prompt}": Image.open(path) for prompt, path in named})
+
+    def draw(self, indices: Sequence[int]) -> None:
+        """Write some of this step's validation pictures."""
+        paths, shown = self.sample_paths(self.trainer.step), self.recipe.validation
+        with self.family.sampling(), self.accelerator.autocast():
             images = render(
                 self.family.pipeline,
-                [self.prompts[index] for index in mine],
-                [shown.seed + index for index in mine],
+                [self.prompts[index] for index in indices],
+                [shown.seed + index for index in indices],
                 steps=shown.steps,
                 guidance=shown.guidance,
                 size=self.recipe.dataset.resolution,
                 batch_size=shown.batch_size,
             )
-        for index, image in zip(mine, images, strict=True):
+        for index, image in zip(indices, images, strict=True):
             paths[index].parent.mkdir(parents=True, exist_ok=True)
             image.save(paths[index])
-        self.accelerator.wait_for_everyone()
-        if trackers is not None and paths:
-            opened = {
-                f"validation/{prompt}": Image.open(path) for prompt, path in zip(self.prompts, paths, strict=True)
-            }
-            trackers.pictures(step, opened)
 
     def sample_paths(self, step: int) -> list[Path]:
         folder = self.folder / SAMPLES / f"step-{step:06d}"
@@ -309,6 +257,8 @@ class Run:
         with self.trainer.averaged():
             files = recipe.method.export(student, self.folder, getattr(torch, recipe.output.dtype), self._header())
             after = self.probe(self.family)
+            if recipe.method.export_is_lossy:
+                self.draw(range(len(self.prompts)))
         precision = self.family.dtype
         fresh = load_family(recipe)
         load_adapters(fresh.pipeline, files)

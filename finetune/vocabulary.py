@@ -61,7 +61,7 @@ def _extend(encoder: Any, tokenizer: Any, placeholder: str, num_vectors: int, in
     table = encoder.get_input_embeddings()
     start = _starting_vectors(table, tokenizer, init)
     words = [placeholder, *(f"{placeholder}_{i}" for i in range(1, num_vectors))]
-    taken = sorted(set(words) & tokenizer.get_vocab().keys())
+    taken = [word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) == 1]
     if taken or tokenizer.add_tokens(words) != num_vectors or len(tokenizer) != len(table.weight) + num_vectors:
         raise UserError(
             f"placeholder: {(taken or words)[0]!r} is already a word of {type(tokenizer).__name__}. "

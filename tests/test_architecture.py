@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "trainer": {"batch", "dataset", "schedule", "student"},
     "recipe": {"config", "dataset", "methods", "schedule", "tracking"},
     "plan": {"dataset", "methods", "recipe"},
+    "prior": {"dataset", "families", "load", "methods", "recipe"},
     "card": {"export", "recipe"},
     "run": None,  # the wiring
     "cli": None,
@@ -70,7 +71,7 @@ def test_no_function_needs_a_scroll_bar_and_no_file_an_afternoon(path: Path):
 
 
 def test_accelerate_and_peft_stay_in_their_rooms():
-    for package, rooms in {"accelerate": {"trainer", "run"}, "peft": {"lowrank"}}.items():
+    for package, rooms in {"accelerate": {"trainer", "run", "prior"}, "peft": {"lowrank"}}.items():
         users = {
             path.stem
             for path in files()

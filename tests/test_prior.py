@@ -12,6 +12,7 @@ import torch
 from finetune import run
 from finetune.config import build
 from finetune.methods.base import methods
+from finetune.prior import cache_folder
 
 
 def dreambooth(**settings: Any) -> Any:
@@ -82,5 +83,5 @@ def test_class_images_are_made_once_for_two_runs(base_folder: Any, tmp_path: Pat
     for attempt in ("first", "second"):
         recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path / attempt, "dreambooth", "images")
         run.prepare(recipe)
-        made.append({path: path.stat().st_mtime_ns for path in run.cache_folder().rglob("*.png")})
+        made.append({path: path.stat().st_mtime_ns for path in cache_folder().rglob("*.png")})
     assert made[0] == made[1] and len(made[0]) == 3

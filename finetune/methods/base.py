@@ -54,6 +54,11 @@ class Method(Section, ABC):
         return False
 
     @property
+    def export_is_lossy(self) -> bool:
+        """Whether the small file holds less than what was trained; the student then holds what the file holds."""
+        return False
+
+    @property
     def prior_half(self) -> Prior | None:
         """What is trained beside the concept so that its class stays what it was."""
         return None

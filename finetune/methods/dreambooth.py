@@ -39,6 +39,10 @@ class DreamBooth(LoRA):
     """Whole denoiser: also write the full pipeline."""
 
     @property
+    def export_is_lossy(self) -> bool:
+        return self.denoiser == "whole"
+
+    @property
     def prior_half(self) -> Prior | None:
         if self.prior == "none" or self.class_prompt is None:
             return None

@@ -1,0 +1,73 @@
+"""What keeps the class in place while the concept is learnt: prior preservation (2208.12242, section 3.3)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from finetune.dataset import Pictures
+from finetune.dataset.class_images import ClassImages
+from finetune.families.base import Family
+from finetune.load import render
+from finetune.methods.base import Prior
+from finetune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL import Image
+
+
+def make_prior(recipe: Recipe[Any], family: Family, concept: Pictures, accelerator: Accelerator) -> Pictures | None:
+    """What keeps the class in place: pictures made by the base, or the concept's own under the class prompt."""
+    prior = recipe.method.prior_half
+    if prior is None:
+        return None
+    if prior.source == "prediction":
+        return concept.as_prior(prior.prompt)
+    made = make_class_images(recipe, prior, family, accelerator)
+    config = recipe.dataset.model_copy(update={"crop": "center", "flip": False})
+    pictures = Pictures.from_pictures(made.pictures(cache_folder(), prior.count), config, recipe.placeholder)
+    return pictures.as_prior(prior.prompt)
+
+
+def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, accelerator: Accelerator) -> ClassImages:
+    """Have the base make those class images that the cache lacks, shared among the processes."""
+    shown = recipe.validation
+    request = ClassImages(
+        prompt=prior.prompt,
+        model=family.fingerprint,
+        sampler=type(family.pipeline.scheduler).__name__,
+        steps=shown.steps,
+        guidance=shown.guidance,
+        size=recipe.dataset.resolution,
+        seed=recipe.train.seed,
+    )
+    missing = request.missing(cache_folder(), prior.count)
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(total=len(mine), desc="class images", disable=not (accelerator.is_main_process and mine))
+
+    def make(seeds: Sequence[int]) -> list[Image.Image]:
+        bar.update(len(seeds))
+        return render(
+            family.pipeline,
+            [request.prompt] * len(seeds),
+            seeds,
+            steps=request.steps,
+            guidance=request.guidance,
+            size=request.size,
+            batch_size=len(seeds),
+        )
+
+    with family.sampling(), bar:
+        request.make(cache_folder(), mine, make, shown.batch_size)
+    accelerator.wait_for_everyone()
+    return request
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "finetune" / "class-images"
