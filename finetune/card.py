@@ -17,9 +17,7 @@ LOADERS = {
 }
 TEXT = """# {name}
 
-![sample grid](grid.png)
-
-Taught with {method} on {num_pictures} pictures, {steps} steps. Write **`{trigger}`** in a prompt to get it.
+{grid}Taught with {method} on {num_pictures} pictures, {steps} steps. Write **`{trigger}`** in a prompt to get it.
 
 ```python
 import torch
@@ -60,10 +58,11 @@ def write_card(
         pipeline_tag="text-to-image",
         instance_prompt=recipe.placeholder,
         tags=["text-to-image", "diffusers", *_tags(files), recipe.method.name],
-        widget=[{"text": prompts[0], "output": {"url": "grid.png"}}],
+        widget=[{"text": prompt, "output": {"url": "grid.png"}} for prompt in prompts[:1] if recipe.validation.prompts],
     )
     text = TEXT.format(
         name=recipe.name,
+        grid="![sample grid](grid.png)\n\n" if recipe.validation.prompts else "",
         method=recipe.method.name.replace("_", " "),
         num_pictures=num_pictures,
         steps=recipe.train.steps,

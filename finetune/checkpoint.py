@@ -17,6 +17,8 @@ TENSORS, REST = "state.safetensors", "state.json"
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `folder/step-N` and drop all but the newest `keep`; it appears under its name once it is whole."""
     path = folder / f"step-{step:06d}"
+    if path.exists():
+        return path  # the same step of the same run has the same bits
     unfinished = folder / f".{path.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -26,8 +28,6 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     (unfinished / REST).write_text(json.dumps(rest))
     for file in unfinished.iterdir():
         _flush(file)
-    if path.exists():
-        shutil.rmtree(path)
     unfinished.replace(path)
     _flush(folder)
     for old in _all(folder)[:-keep]:

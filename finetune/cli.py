@@ -35,7 +35,6 @@ def main() -> None:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; `--resume` goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
@@ -53,7 +52,11 @@ def train(
     at_work = run.prepare(loaded, resume=resume, overwrite=overwrite)
     if at_work.is_main:
         _print_plan(loaded, at_work.pictures, at_work.describe_machine())
-    at_work.loop()
+    try:
+        at_work.loop()
+    except run.Stopped:
+        print(f"stopped after step {at_work.trainer.step}; --resume goes on from there", file=sys.stderr)
+        sys.exit(130)
     if not at_work.is_main:
         return
     result = at_work.finish()
@@ -125,6 +128,26 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from finetune.plan import check
 
     _print_plan(loaded, check(loaded))
+
+
+@app.command()
+def bench(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Files or names.")],
+    steps: Annotated[int, typer.Option(min=1, help="Counted updates of each.")] = 20,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Time recipes on this machine: steps, pictures, memory."""
+    loaded = [_load(name, []) for name in recipes]
+    import json
+    from dataclasses import asdict
+
+    from finetune import bench
+
+    timings = [bench.measure(recipe, steps) for recipe in loaded]
+    print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), bench.table(timings), sep="\n")
+    if output is not None:
+        figures = {"machine": bench.machine(), "timings": [asdict(timing) for timing in timings]}
+        output.write_text(json.dumps(figures, indent=2))
 
 
 @app.command()

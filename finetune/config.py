@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from finetune.errors import UserError, did_you_mean
 
 S = TypeVar("S", bound="Section")
 
 # Strict mode takes no strings for paths and no lists for tuples, which is what YAML has.
-LocalPath = Annotated[Path, Field(strict=False)]
+LocalPath = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]

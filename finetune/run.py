@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,31 @@ def prepare(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = Fals
     if found is not None:
         run.trainer.resume(checkpoint.load(found)["trainer"])
     return run
+
+
+class Stopped(Exception):
+    """Asked to stop by a signal, and stopped after a whole step with a checkpoint."""
+
+
+@contextmanager
+def stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into a stop after the step at work; a second one acts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {}
+
+    def ask(number: int, _: Any) -> None:
+        trainer.stop_asked = True
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -177,25 +205,32 @@ class Run:
         return f"{count} x {name}, {self.trainer.student.num_parameters():,} parameters are trained"
 
     def loop(self) -> None:
-        """Train to the end; on Ctrl-C or divergence, leave a checkpoint of the last good step."""
+        """Train to the end; when told to stop, or on divergence, leave a checkpoint of the last good step."""
         total = self.recipe.train.steps
         trackers = self._trackers() if self.is_main else None
-        self.validate(trackers)
+        if self.trainer.step == 0:
+            self.validate(trackers)
         bar = tqdm(total=total, initial=self.trainer.step, desc="training", disable=not self.is_main)
         try:
-            for report in self.trainer.steps():
-                bar.update()
-                bar.set_postfix(loss=f"{report.loss:.4f}")
-                if trackers is not None:
-                    trackers.numbers(report.step, _numbers(report), [Path(draw.path).name for draw in report.draws])
-                self._keep(report.step, trackers)
-        except (KeyboardInterrupt, NonFiniteLoss):
+            with stopping_after_a_step(self.trainer):
+                self._steps(bar, trackers)
+        except (Stopped, NonFiniteLoss):
             self.save_checkpoint()
             raise
         finally:
             bar.close()
             if trackers is not None:
                 trackers.close()
+
+    def _steps(self, bar: tqdm[Any], trackers: Trackers | None) -> None:
+        for report in self.trainer.steps():
+            bar.update()
+            bar.set_postfix(loss=f"{report.loss:.4f}")
+            if trackers is not None:
+                trackers.numbers(report.step, _numbers(report), [Path(draw.path).name for draw in report.draws])
+            self._keep(report.step, trackers)
+            if report.stopping:
+                raise Stopped
 
     def _keep(self, step: int, trackers: Trackers | None) -> None:
         last = step == self.recipe.train.steps
@@ -290,7 +325,8 @@ class Run:
             return None
         steps = {"before": 0, "after": self.trainer.step}
         rows = {
-            f"{title} training": [Image.open(path) for path in self.sample_paths(step)] for title, step in steps.items()
+            f"{title} training": [Image.open(path) for path in self.sample_paths(step) if path.exists()]
+            for title, step in steps.items()
         }
         shown = [Image.open(picture.path) for picture in self.pictures[: len(self.prompts)]]
         path = self.folder / GRID_FILE

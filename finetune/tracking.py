@@ -30,9 +30,11 @@ class JSONLines:
     """One line for each step, always written; on resume, lines after the checkpoint go."""
 
     def __init__(self, path: Path, first_step: int):
-        kept = path.read_text().splitlines(keepends=True) if first_step and path.exists() else []
-        self.file = path.open("w")
-        self.file.writelines(line for line in kept if json.loads(line)["step"] <= first_step)
+        kept = _lines_until(path, first_step) if first_step and path.exists() else []
+        unfinished = path.with_name(f".{path.name}")
+        unfinished.write_text("".join(kept))
+        unfinished.replace(path)
+        self.file = path.open("a")
 
     def numbers(self, step: int, values: Mapping[str, Any]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -43,6 +45,12 @@ class JSONLines:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Whole lines up to a step; a crash may have cut the last one short."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
 
 
 class WandB:

@@ -34,6 +34,7 @@ class Report:
     grad_norm: float
     learning_rates: dict[str, float]
     draws: Sequence[Draw]  # of all processes: the concept's, then the prior's
+    stopping: bool  # some process was asked to stop; all of them see it at the same step
 
 
 class Trainer:
@@ -58,6 +59,7 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator
         self.step = 0
+        self.stop_asked = False
         parts = accelerator.num_processes * config.accumulate
         if config.batch_size % parts:
             raise UserError(
@@ -91,7 +93,8 @@ class Trainer:
                 loss = self.student.method.reduce(losses, batch.num_prior) / self.config.accumulate
                 self.accelerator.backward(loss)
             total += loss.detach()
-        loss = float(cast("Tensor", self.accelerator.reduce(total, reduction="mean")))
+        shared = torch.stack([total, torch.full_like(total, float(self.stop_asked))])
+        loss, stopping = cast("Tensor", self.accelerator.reduce(shared, reduction="mean")).tolist()
         norms = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
         norm = float(cast("Tensor", norms))
         self._stop_if_not_finite(loss, norm, drawn := [draw for half in draws for draw in half])
@@ -100,7 +103,7 @@ class Trainer:
         self.student.method.after_step(self.student)
         if self.ema is not None:
             self.ema.step(self.student.parameters())
-        return Report(self.step + 1, loss, norm, rates, drawn)
+        return Report(self.step + 1, loss, norm, rates, drawn, stopping > 0)
 
     def _draw(self) -> list[list[Draw]]:
         """The step's samples over all processes: the concept's, and as many of the prior's if there is one."""

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "plan": {"dataset", "methods", "recipe"},
     "prior": {"dataset", "families", "load", "methods", "recipe"},
     "card": {"export", "recipe"},
+    "bench": {"run", "recipe"},
     "run": None,  # the wiring
     "cli": None,
     "__main__": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     whole.loop()
     recipe = hard(base_folder, case, tmp_path / "halves", pictures, checkpoint_every=1)
     first = run.prepare(recipe)
-    first.recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint_every": 1})})
     stop_after(first, 4)
     second = run.prepare(recipe, resume=True)
     assert second.trainer.step == 4
@@ -75,16 +75,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
 
 def stop_after(at_work: run.Run, steps: int) -> None:
-    """Ctrl-C in the middle of a run."""
+    """Ctrl-C while the given step is at work."""
+    draw = at_work.trainer._draw
 
-    def interrupt(step: int, trackers: Any, keep: Any = at_work._keep) -> None:
-        keep(step, trackers)
-        if step == steps:
-            raise KeyboardInterrupt
+    def draw_and_interrupt() -> Any:
+        if at_work.trainer.step == steps - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw()
 
-    at_work._keep = interrupt
-    with pytest.raises(KeyboardInterrupt):
+    at_work.trainer._draw = draw_and_interrupt
+    with pytest.raises(run.Stopped):
         at_work.loop()
+    assert at_work.trainer.step == steps
 
 
 def test_accumulation_changes_the_memory_and_not_the_result(base_folder: Any, tmp_path: Path):
