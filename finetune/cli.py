@@ -34,6 +34,9 @@ def main() -> None:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # no right, no room, no such name: the user's to mend, whichever library met it
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -52,6 +55,7 @@ def train(
     at_work = run.prepare(loaded, resume=resume, overwrite=overwrite)
     if at_work.is_main:
         _print_plan(loaded, at_work.pictures, at_work.describe_machine())
+        print(*(f"warning: {text}" for text in at_work.warnings), sep="\n", end="\n" * bool(at_work.warnings))
     try:
         at_work.loop()
     except run.Stopped:
@@ -108,7 +112,7 @@ def list_() -> None:
     rows: dict[str, dict[str, str]] = {
         "recipes": {path.stem: _headline(path) for path in sorted(RECIPES.glob("*.yaml"))},
         "methods": {name: methods[name].summary for name in methods.names()},
-        "families": dict.fromkeys(known_families(), ""),
+        "families": known_families(),
     }
     for title, entries in rows.items():
         width = max(map(len, entries), default=0)

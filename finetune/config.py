@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from finetune.errors import UserError, did_you_mean
 
@@ -15,47 +17,88 @@ S = TypeVar("S", bound="Section")
 
 # Strict mode takes no strings for paths and no lists for tuples, which is what YAML has.
 LocalPath = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
+Text = Annotated[str, Field(pattern=r"\S")]
+Strings = Annotated[
+    tuple[Text, ...], Field(strict=False), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
+# What pydantic says in Python's words, in YAML's.
+EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a section",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "model_attributes_type": "a section",
+    "model_type": "a section",
+    "string_type": "text",
+    "too_short": "a list that is not empty",
+    "tuple_type": "a list",
+}
+PATTERNS = {
+    "^#[0-9a-fA-F]{6}$": "a colour such as #ffffff",
+    r"^\S+$": "one word without spaces",
+    r"^[\w.-]+$": "letters, digits, dots and dashes",
+    r"\S": "text that is not empty",
+}
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
 
 class Section(BaseModel):
-    """One section of a recipe: unknown keys and wrong types are errors, nothing changes once it is read."""
+    """One section of a recipe: unknown keys and wrong types are errors, nothing changes once it is read.
+
+    A validator of several fields raises UserError with lines that begin with the key at fault.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _is_number(text: str) -> bool:
+    return NUMBER.fullmatch(text) is not None and math.isfinite(float(text))
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as people expect it: `1e-4` is a number, and a key that stands twice is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                line = node.value[index][0].start_mark.line + 1
-                raise UserError(f"line {line}: {key!r} stands twice in the same section")
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [self.construct_object(key, deep=True) for key in keys]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                line = keys[index].start_mark.line + 1
+                raise UserError(f"line {line}: {name!r} stands twice in the same section")
         return super().construct_mapping(node, deep)
 
-    def construct_yaml_str(self, node: yaml.ScalarNode) -> str | float:
+    def construct_text(self, node: yaml.ScalarNode) -> str | float:
         text = self.construct_scalar(node)
-        try:
-            return float(text) if node.style is None and text[:1] in "0123456789.-+" else text
-        except ValueError:
-            return text
+        return float(text) if node.style is None and _is_number(text) else text
 
 
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: text that looks like a number is quoted."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _is_number(text) else None)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -68,24 +111,33 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a list of `key: value` sections, got {type(tree).__name__}")
-    problems = [problem for problem in (_override(tree, text) for text in overrides) if problem]
+        raise UserError(f"{path}: a recipe is made of `key: value` sections, got {tree!r:.60}")
+    problems = []
+    for override in overrides:
+        try:
+            _override(tree, override)
+        except UserError as error:
+            problems += error.problems
     if problems:
         raise UserError(problems)
     return tree
 
 
-def _override(tree: dict[str, Any], text: str) -> str | None:
+def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        return f"override {text!r}: expected section.key=value"
-    *sections, last = key.split(".")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {text!r}: expected section.key=value")
+    *sections, last = parts
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
-            return f"override {text!r}: {section!r} is a value, not a section"
-    tree[last] = parse_yaml(value, f"override {text!r}")
-    return None
+            raise UserError(f"override {text!r}: {section!r} is a value, not a section")
+    # In a file `#` opens a comment; on a command line it is a colour or a number sign.
+    is_text = "#" in value and value[:1] not in "'\"[{"
+    tree[last] = value if is_text else parse_yaml(value, f"override {text!r}")
 
 
 def build(schema: type[S], tree: Mapping[str, Any]) -> S:
@@ -103,12 +155,11 @@ def _explain(schema: type[Section], error: Mapping[str, Any]) -> list[str]:
         return [f"{path}: unknown key. {did_you_mean(str(key), _keys(schema, parents))}"]
     if error["type"] == "missing":
         return [f"{path}: missing. Add it to the recipe."]
-    if error["type"] == "value_error":
-        problems = error["ctx"]["error"]
-        lines = problems.problems if isinstance(problems, UserError) else [str(problems)]
-        return [f"{path}: {line}" if path else line for line in lines]
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return [f"{path or 'recipe'}: {message}, got {error['input']!r}."]
+    if error["type"] == "value_error" and isinstance(error["ctx"]["error"], UserError):
+        return [f"{path}.{line}" if path else line for line in error["ctx"]["error"].problems]
+    expected = EXPECTED.get(error["type"]) or PATTERNS.get(error.get("ctx", {}).get("pattern", ""))
+    message = f"expected {expected}" if expected else error["msg"][0].lower() + error["msg"][1:]
+    return [f"{path}: {message}, got {'nothing' if error['input'] is None else repr(error['input'])}."]
 
 
 def _keys(schema: type[BaseModel], parents: Sequence[Any]) -> list[str]:

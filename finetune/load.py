@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Adapter:
         path, equals, weight = text.rpartition("=")
         try:
             adapter = cls(Path(path), float(weight)) if equals else cls(Path(text))
+            if not math.isfinite(adapter.weight):
+                raise ValueError
         except ValueError:
             raise UserError(f"--adapter {text!r}: the weight after '=' is not a number") from None
         if not adapter.path.exists():
@@ -152,6 +155,8 @@ def generate_files(
     """Load a base with adapters, and write a PNG for each prompt; picture i has the seed `seed + i`."""
     headers = [read_header(file)[1] for adapter in adapters for file in adapter.files()]
     base = base or next((header["base"] for header in headers if "base" in header), None)
+    if size is not None and size % 8:
+        raise UserError(f"--size: {size} is not a multiple of 8. Try {size // 8 * 8 or 8}.")
     if base is None:
         raise UserError("--base: no adapter says which base it is for. Name one.")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -160,8 +165,8 @@ def generate_files(
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
         pipeline: Any = DiffusionPipeline.from_pretrained(base, revision=revision, dtype=dtype, use_safetensors=True)
-    except OSError as error:
-        raise UserError(f"--base: {base} cannot be loaded: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a broken folder fails in as many ways as it has files
+        raise UserError(f"--base: {base} cannot be loaded: {' '.join(str(error).split())}") from error
     use_ddim(pipeline, zero_terminal_snr=any(header.get("zero_terminal_snr") == "true" for header in headers))
     load_adapters(pipeline, adapters).to(device)
     pixels = size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor

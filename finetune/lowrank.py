@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ def layers_named(model: nn.Module, suffixes: Sequence[str]) -> list[str]:
     matches = {suffix: [name for name in layers if _ends_with(name, suffix)] for suffix in suffixes}
     lonely = [suffix for suffix, names in matches.items() if not names]
     if lonely:
-        known = {name.rpartition(".")[2] for name in layers}
+        known = {found[0] for name in layers if (found := re.search(r"[^.]+(\.\d+)?$", name))}
         raise UserError(f"method.targets: no layer is named {name!r}. {did_you_mean(name, known)}" for name in lonely)
     return [name for name in layers if any(name in names for names in matches.values())]
 
@@ -140,7 +141,7 @@ def _factor(difference: Tensor, rank: int | None, energy: float | None) -> tuple
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if rank is None:
         shares = values.cumsum(0) / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        rank = int((shares < energy).sum()) + 1
+        rank = int((shares < energy).sum()) + 1 if values.any() else 1
     rank = min(rank, len(values))
     left = vectors[:, :rank]
     right = left.T @ wide

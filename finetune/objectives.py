@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from finetune.errors import UserError
+
 
 @dataclass(frozen=True)
 class Diffusion:
@@ -30,10 +32,13 @@ class Diffusion:
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         scheduler: Any = DDPMScheduler.from_config(dict(config), rescale_betas_zero_snr=False)
+        prediction = scheduler.config["prediction_type"]
+        if prediction not in ("epsilon", "v_prediction"):
+            raise UserError(f"base.source: it predicts {prediction!r}; only epsilon and v_prediction can be trained")
         alphas_cumprod = scheduler.alphas_cumprod.float()
         if zero_terminal_snr or config.get("rescale_betas_zero_snr"):
             alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
-        return cls(alphas_cumprod, scheduler.config["prediction_type"], min_snr_gamma)
+        return cls(alphas_cumprod, prediction, min_snr_gamma)
 
     def sample_time(self, generator: torch.Generator) -> Tensor:
         """A uniform noise level, (1,) int64."""

@@ -15,13 +15,14 @@ def check(recipe: Recipe[Any]) -> list[Picture]:
     """The recipe's pictures; UserError with everything that is wrong with them or their captions."""
     pictures = scan(recipe.dataset)
     if recipe.method.trains_word:
-        captions = sorted({caption for picture in pictures for caption in picture.captions})
-        lacking = [text for text in captions if "{}" not in text and recipe.placeholder not in text]
+        lacking = [
+            f"{picture.path}: its caption {caption!r} has neither {{}} nor {recipe.placeholder!r} in it"
+            for picture in pictures
+            for caption in picture.captions
+            if not recipe.has_placeholder(caption)
+        ]
         if lacking:
-            raise UserError(
-                f"caption {text!r} has neither {{}} nor {recipe.placeholder!r}: nothing can be learnt from it"
-                for text in lacking
-            )
+            raise UserError(lacking)
     return pictures
 
 
@@ -36,7 +37,7 @@ def plan(recipe: Recipe[Any], pictures: Sequence[Picture]) -> dict[str, str]:
         "base": recipe.base.source,
         "pictures": f"{len(pictures)} in {recipe.dataset.folder}, trained at {recipe.dataset.resolution} px{enlarged}",
         "captions": recipe.fill(pictures[0].captions[0]),
-        "steps": f"{train.steps} updates of {train.batch_size} pictures: each is seen {seen:.0f} times",
+        "steps": f"{train.steps} updates of {train.batch_size} pictures: each is seen {seen:.3g} times",
         "prior": _describe(method.prior_half),
         "output": str(recipe.output.folder),
     }

@@ -40,7 +40,7 @@ def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, acceler
     request = ClassImages(
         prompt=prior.prompt,
         model=family.fingerprint,
-        sampler=type(family.pipeline.scheduler).__name__,
+        sampler=_sampler(family),
         steps=shown.steps,
         guidance=shown.guidance,
         size=recipe.dataset.resolution,
@@ -71,3 +71,10 @@ def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, acceler
 def cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "finetune" / "class-images"
+
+
+def _sampler(family: Family) -> str:
+    """All of the sampler that shows in a picture, beside its steps and guidance."""
+    scheduler = family.pipeline.scheduler
+    ending = " to zero SNR" if scheduler.config.get("rescale_betas_zero_snr") else ""
+    return f"{type(scheduler).__name__}{ending} in {family.dtype}"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from finetune.config import LocalPath, PositiveInt, Section, Strings, build, read_tree
+from finetune.config import LocalPath, PositiveInt, Section, Strings, build, read_tree, to_yaml
 from finetune.dataset.scan import DatasetConfig
 from finetune.errors import UserError, did_you_mean
 from finetune.methods.base import Method, methods
@@ -25,7 +26,7 @@ Precision = Literal["float32", "float16", "bfloat16"]
 class BaseConfig(Section):
     """The frozen model that is taught."""
 
-    source: str
+    source: Annotated[str, AfterValidator(lambda text: str(Path(text).expanduser()) if text[:1] == "~" else text)]
     """A folder in diffusers' layout, or a model of the Hub."""
     revision: str | None = None
     family: str = "auto"
@@ -37,7 +38,9 @@ class BaseConfig(Section):
     def _check(self) -> BaseConfig:
         if self.family not in ("auto", *(names := known_families())):
             raise UserError(f"family: unknown {self.family!r}. {did_you_mean(self.family, names)}")
-        if self.source.startswith((".", "/", "~")) and not Path(self.source).expanduser().is_dir():
+        path = Path(self.source)
+        looks_local = self.source.startswith((".", "/")) or ("/" in self.source and path.parent.is_dir())
+        if looks_local and not path.is_dir():
             raise UserError(f"source: {self.source} is not a folder")
         return self
 
@@ -76,16 +79,38 @@ class Recipe(Section, Generic[M]):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe[M]:
-        problems = []
-        if self.method.trains_word:
-            problems = [
-                f"dataset.captions: {caption!r} lacks {{}}, so {self.placeholder!r} would learn nothing from it"
-                for caption in self.dataset.captions
-                if "{}" not in caption and self.placeholder not in caption
-            ]
+        problems = self._check_words() + self._check_rates()
         if problems:
             raise UserError(problems)
         return self
+
+    def _check_words(self) -> list[str]:
+        """The placeholder stands where it is learnt, and nowhere else."""
+        prior = self.method.prior_half
+        problems = []
+        if prior is not None and self.has_placeholder(prior.prompt):
+            problems.append(f"method.class_prompt: {prior.prompt!r} names the concept; name only its class")
+        if self.method.trains_word:
+            problems += [
+                f"dataset.captions: {caption!r} lacks {{}}, so {self.placeholder!r} would learn nothing from it"
+                for caption in self.dataset.captions
+                if not self.has_placeholder(caption)
+            ]
+        return problems
+
+    def _check_rates(self) -> list[str]:
+        if self.train.optimizer != "prodigy":
+            return []
+        slow = f"train.learning_rate: prodigy multiplies the rate that it finds by {self.train.learning_rate}; set 1.0"
+        return [slow] * (self.train.learning_rate < 0.1) + [
+            f"method.{name}: prodigy finds one rate for everything; set it to train.learning_rate"
+            for name, rate in self.method.own_rates.items()
+            if rate != self.train.learning_rate
+        ]
+
+    def has_placeholder(self, caption: str) -> bool:
+        word = rf"(?<!\w){re.escape(self.placeholder)}(?!\w)"
+        return "{}" in caption or re.search(word, caption) is not None
 
     def fill(self, text: str) -> str:
         return text.replace("{}", self.placeholder)
@@ -93,22 +118,28 @@ class Recipe(Section, Generic[M]):
     def dump(self) -> dict[str, Any]:
         """Plain data, defaults included and local paths absolute: it means the same from any folder."""
         tree = self.model_dump(mode="json")
-        for section, key in (("base", "source"), ("dataset", "folder"), ("output", "folder")):
-            path = Path(tree[section][key]).expanduser()
-            tree[section][key] = str(path.resolve()) if section != "base" or path.is_dir() else tree[section][key]
+        for section, key in (("dataset", "folder"), ("output", "folder")):
+            tree[section][key] = str(Path(tree[section][key]).resolve())
+        for section, key, exists in (("base", "source", Path.is_dir), ("method", "init", Path.is_file)):
+            if key in tree[section] and exists(Path(tree[section][key])):
+                tree[section][key] = str(Path(tree[section][key]).resolve())
         return tree
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+        return to_yaml(self.dump())
 
     def digest(self) -> str:
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:16]
 
 
-def known_families() -> list[str]:
-    """Without importing them, since they need torch."""
-    folder = Path(__file__).parent / "families"
-    return sorted(file.stem for file in folder.glob("[a-z]*.py") if file.stem != "base")
+def known_families() -> dict[str, str]:
+    """Each family and its headline, without importing them, since they need torch."""
+    files = sorted((Path(__file__).parent / "families").glob("[a-z]*.py"))
+    return {file.stem: _headline(file) for file in files if file.stem != "base"}
+
+
+def _headline(file: Path) -> str:
+    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def find(name: str) -> Path:
@@ -120,19 +151,46 @@ def find(name: str) -> Path:
     raise UserError(f"recipe {name!r}: no such file, and no recipe of that name. {did_you_mean(name, known)}")
 
 
+class _UnknownMethod(Method):
+    """Stands in for a method that there is not, so that the rest of its recipe is checked all the same."""
+
+    model_config = ConfigDict(extra="allow")
+    name: Any = None
+
+    def attach(self, family: Any, placeholder: str, learning_rate: float) -> Any:
+        raise NotImplementedError
+
+    def export(self, student: Any, folder: Path, dtype: Any, header: Any) -> Any:
+        raise NotImplementedError
+
+
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe[Any]:
     """Read, override and check a recipe; every problem in one UserError."""
     path = find(name)
     tree = read_tree(path, overrides)
+    problems: list[str] = []
+    method: type[Method] = _UnknownMethod
     try:
-        return build(Recipe[_method_of(tree)], tree)
+        method = _method_of(tree)
     except UserError as error:
-        raise UserError([f"{path}:", *(f"  {problem}" for problem in error.problems)]) from None
+        problems += error.problems
+        tree = {**tree, "method": {}}
+    try:
+        recipe = build(Recipe[method], tree)
+        if not problems:
+            return recipe
+    except UserError as error:
+        problems += error.problems
+    raise UserError([f"{path}:", *(f"  {problem}" for problem in problems)])
 
 
 def _method_of(tree: dict[str, Any]) -> type[Method]:
     section = tree.get("method")
-    name = section.get("name") if isinstance(section, dict) else None
-    if not isinstance(name, str):
+    if section is not None and not isinstance(section, dict):
+        raise UserError(f"method: expected a section, got {section!r}. Write name: below it.")
+    name = (section or {}).get("name")
+    if name is None:
         raise UserError(f"method.name: missing. Known: {', '.join(methods.names())}.")
+    if name not in methods.names():
+        raise UserError(f"method.name: unknown {name!r}. {did_you_mean(str(name), methods.names())}")
     return methods[name]

@@ -49,14 +49,16 @@ def prepare(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = Fals
     # Accelerate keeps its state for the process; each recipe has a precision of its own.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
-    found = open_folder(recipe, accelerator, resume=resume, overwrite=overwrite)
+    found = check_folder(recipe, resume=resume, overwrite=overwrite)
     torch.manual_seed(recipe.train.seed)
     family = load_family(recipe)
+    open_folder(recipe, accelerator, fresh=found is None)
     family.to(accelerator.device)
     concept = Pictures.from_pictures(pictures, recipe.dataset, recipe.placeholder)
     prior = make_prior(recipe, family, concept, accelerator)
     student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
     run = Run(recipe, pictures, Trainer(student, concept, prior, recipe.train, accelerator))
+    run.warnings += [f"the end of this caption does not fit the text encoder: {text}" for text in _cut(recipe, run)]
     if found is not None:
         run.trainer.resume(checkpoint.load(found)["trainer"])
     return run
@@ -114,8 +116,10 @@ def load_family(recipe: Recipe[Any]) -> Family:
             min_snr_gamma=recipe.train.min_snr_gamma,
             zero_terminal_snr=recipe.train.zero_terminal_snr,
         )
-    except OSError as error:
-        raise UserError(f"base.source: {source.path} cannot be loaded: {' '.join(str(error).split())}") from None
+    except UserError:
+        raise
+    except Exception as error:  # a broken folder fails in as many ways as it has files
+        raise UserError(f"base.source: {source.path} cannot be loaded: {' '.join(str(error).split())}") from error
     if recipe.train.zero_terminal_snr and family.objective.prediction == "epsilon":
         raise UserError("train.zero_terminal_snr: at pure noise epsilon says nothing; this base must predict v")
     use_ddim(family.pipeline, zero_terminal_snr=recipe.train.zero_terminal_snr)
@@ -133,7 +137,7 @@ def _detect(source: Source) -> str:
 
     try:
         config: Any = DiffusionPipeline.load_config(source.path, revision=source.revision)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"base.source: {source.path} is no folder in diffusers' layout and cannot be had from the Hub "
             f"({str(error).splitlines()[0]})"
@@ -143,11 +147,13 @@ def _detect(source: Source) -> str:
     return matching[0] if matching else pipeline
 
 
-def open_folder(recipe: Recipe[Any], accelerator: Accelerator, *, resume: bool, overwrite: bool) -> Path | None:
-    """Prepare the output folder; the checkpoint to go on from, if there is one and it was asked for."""
+def check_folder(recipe: Recipe[Any], *, resume: bool, overwrite: bool) -> Path | None:
+    """Whether the run may write there; the checkpoint to go on from, if there is one and it was asked for."""
     folder = recipe.output.folder
     if resume and overwrite:
         raise UserError("--resume and --overwrite contradict each other. Give one of them.")
+    if not all(path.is_dir() for path in (folder, *folder.parents) if path.exists()):
+        raise UserError(f"output.folder: {folder} cannot be a folder: a file is in the way")
     if (folder / RECIPE_FILE).exists() and not resume and not overwrite:
         raise UserError(
             f"output.folder: {folder} holds a run already. Go on with --resume, replace it with --overwrite, "
@@ -156,15 +162,23 @@ def open_folder(recipe: Recipe[Any], accelerator: Accelerator, *, resume: bool, 
     found = checkpoint.newest(folder / CHECKPOINTS) if resume else None
     if found is not None:
         _check_unchanged(recipe, checkpoint.load(found)["recipe"], found)
+    return found
+
+
+def open_folder(recipe: Recipe[Any], accelerator: Accelerator, *, fresh: bool) -> None:
+    """Make the output folder, or rid it of an earlier run's state, once everything else is known to work."""
+    folder = recipe.output.folder
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if overwrite:
-            for name in (CHECKPOINTS, SAMPLES):
+        if fresh:
+            for name in (CHECKPOINTS, SAMPLES, "tensorboard"):
                 shutil.rmtree(folder / name, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output.folder: {folder} cannot be written to: {error}") from None
     accelerator.wait_for_everyone()
-    return found
 
 
 def _check_unchanged(recipe: Recipe[Any], before: str, found: Path) -> None:
@@ -182,6 +196,11 @@ def _check_unchanged(recipe: Recipe[Any], before: str, found: Path) -> None:
         raise UserError([f"--resume: the recipe differs from that of {found}:", *changed])
 
 
+def _cut(recipe: Recipe[Any], run: Run) -> list[str]:
+    captions = sorted({recipe.fill(caption) for picture in run.pictures for caption in picture.captions})
+    return run.family.too_long([*captions, *run.prompts])
+
+
 class Run:
     """A trainer at work: pictures on the way, checkpoints, trackers, and the files at the end."""
 
@@ -192,6 +211,7 @@ class Run:
         self.accelerator = trainer.accelerator
         self.folder = recipe.output.folder
         self.family = trainer.student.family
+        self.warnings: list[str] = []
         self.prompts = [recipe.fill(prompt) for prompt in recipe.validation.prompts]
         self.before = self.probe(self.family)
 

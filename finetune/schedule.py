@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from finetune.config import Fraction, PositiveFloat, PositiveInt, Section
 from finetune.errors import UserError, did_you_mean
@@ -41,7 +42,9 @@ class TrainConfig(Section):
     """adamw, adamw_8bit, prodigy, or the import path of any class, such as torch.optim.SGD."""
     optimizer_options: dict[str, Any] = {}
     max_grad_norm: PositiveFloat = 1.0
-    precision: Literal["no", "fp16", "bf16"] = "no"
+    precision: Annotated[
+        Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
+    ] = "no"  # YAML reads a bare `no` as false
     gradient_checkpointing: bool = False
     min_snr_gamma: PositiveFloat | None = None
     zero_terminal_snr: bool = False
@@ -62,7 +65,7 @@ class TrainConfig(Section):
                 f"accumulate: {self.batch_size} pictures cannot be split into {self.accumulate} equal parts. "
                 "Make batch_size a multiple of it."
             )
-        if "." not in self.optimizer and self.optimizer not in OPTIMIZERS:
+        if self.optimizer not in OPTIMIZERS and not re.fullmatch(r"\w+(\.\w+)+", self.optimizer):
             problems.append(f"optimizer: unknown {self.optimizer!r}. {did_you_mean(self.optimizer, OPTIMIZERS)}")
         if problems:
             raise UserError(problems)
@@ -75,19 +78,19 @@ def build_optimizer(groups: Sequence[Group], config: TrainConfig) -> Optimizer:
     Raises:
         UserError: it cannot be imported, or does not take the options.
     """
+    from torch.optim import Optimizer
+
     module, _, name = OPTIMIZERS.get(config.optimizer, config.optimizer).rpartition(".")
     try:
         optimizer = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"train.optimizer: {config.optimizer} cannot be imported ({error})") from None
-    if config.optimizer == "prodigy" and any(group.learning_rate != config.learning_rate for group in groups):
-        raise UserError(
-            "train.optimizer: prodigy finds one rate for all parameters. Give the method's own learning rates "
-            f"the value of train.learning_rate ({config.learning_rate})."
-        )
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        raise UserError(f"train.optimizer: {config.optimizer} is no optimizer of torch")
     parameters = [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups]
     try:
-        return optimizer(parameters, lr=config.learning_rate, **config.optimizer_options)
+        kind: Any = optimizer
+        return kind(parameters, lr=config.learning_rate, **config.optimizer_options)
     except (TypeError, ValueError) as error:
         raise UserError(f"train.optimizer_options: {config.optimizer} does not take them ({error})") from None
 
@@ -97,7 +100,7 @@ def multiplier(config: TrainConfig, step: int, until: float = 1.0) -> float:
 
     A group that rests after a share of the steps keeps its place on the schedule until then.
     """
-    if step >= until * config.steps:
+    if step >= math.ceil(until * config.steps - 1e-9):  # 0.07 * 100 is a little more than 7
         return 0.0
     if step < config.warmup:
         return (step + 1) / (config.warmup + 1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +40,12 @@ class JSONLines:
         self.file = path.open("a")
 
     def numbers(self, step: int, values: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no infinity; a gradient that overflowed is null.
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.file.flush()
 
     def pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
@@ -56,11 +64,10 @@ def _lines_until(path: Path, step: int) -> list[str]:
 class WandB:
     """Weights & Biases; without an account it writes a local run and never asks for one."""
 
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]):
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], first_step: int):
         import wandb
 
-        signed_in = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
-        mode = None if signed_in or "WANDB_MODE" in os.environ else "offline"
+        mode = None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline"
         self.image = wandb.Image
         self.run = wandb.init(
             project="finetune",
@@ -82,10 +89,10 @@ class WandB:
 
 
 class TensorBoard:
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]):
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(folder / "tensorboard")
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
         self.writer.add_text("recipe", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
@@ -103,11 +110,12 @@ class TensorBoard:
 
 
 class Trackio:
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]):
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], first_step: int):
         import trackio
 
         self.trackio = trackio
-        self.run = trackio.init(project="finetune", name=name, config=dict(config), embed=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # it greets at length
+            self.run = trackio.init(project="finetune", name=name, config=dict(config), embed=False, auto_log_cpu=False)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self.trackio.log(dict(values), step=step)
@@ -116,10 +124,11 @@ class Trackio:
         self.trackio.log({name: self.trackio.Image(picture) for name, picture in pictures.items()}, step=step)
 
     def close(self) -> None:
-        self.trackio.finish()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.trackio.finish()
 
 
-BACKENDS: dict[TrackerName, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
+BACKENDS: dict[TrackerName, Callable[[Path, str, Mapping[str, Any], int], Tracker]] = {
     "wandb": WandB,
     "tensorboard": TensorBoard,
     "trackio": Trackio,
@@ -135,7 +144,9 @@ class Trackers:
         self.lines = JSONLines(folder / METRICS_FILE, first_step)
         self.backends: dict[str, Tracker] = {}
         for name in names:
-            self._try(name, lambda name=name: self.backends.update({name: BACKENDS[name](folder, run, config)}))
+            self._try(
+                name, lambda name=name: self.backends.update({name: BACKENDS[name](folder, run, config, first_step)})
+            )
 
     def numbers(self, step: int, values: Mapping[str, float], pictures: Sequence[str]) -> None:
         """A step's numbers, and the pictures it saw, which only the JSON lines keep."""
@@ -159,6 +170,6 @@ class Trackers:
         except Exception as error:  # whatever a tracker's service does, the training is worth more
             self.backends.pop(name, None)
             print(
-                f"warning: tracking.{name} is off from here ({type(error).__name__}: {error})",
+                f"warning: tracking.{name} is off from here ({' '.join(f'{type(error).__name__}: {error}'.split())})",
                 file=sys.stderr,
             )

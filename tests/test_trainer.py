@@ -237,12 +237,6 @@ def test_settings_of_the_loop_work_with_every_method(
     assert all(value.dtype == torch.float32 for value in weights(at_work).values())
 
 
-def test_prodigy_refuses_rates_that_differ(base_folder: Any, tmp_path: Path):
-    train = {"optimizer": "prodigy", "learning_rate": 1.0}
-    with pytest.raises(UserError, match="prodigy finds one rate"):
-        run.prepare(lessons.recipe(base_folder("stable_diffusion"), tmp_path, "pivotal_tuning", "plain", train=train))
-
-
 def test_gradient_checkpointing_changes_no_result(base_folder: Any, tmp_path: Path):
     pictures, runs = tiny.save_pictures(tmp_path / "pictures"), []
     for checkpointing in (False, True):

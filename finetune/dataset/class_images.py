@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -67,22 +68,33 @@ class ClassImages:
         image.save(unfinished, format="PNG")
         row = {"file": _name(index), "sha256": _checksum(unfinished), "request": asdict(self)}
         unfinished.replace(folder / _name(index))
-        with (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
-            manifest.write(json.dumps(row) + "\n")
+        with (folder / MANIFEST).open("a+b") as manifest:
+            manifest.seek(max(0, manifest.seek(0, os.SEEK_END) - 1))
+            cut = manifest.read() not in (b"", b"\n")  # a crash may have left half a line
+            manifest.write((cut * "\n" + json.dumps(row) + "\n").encode())
 
     def _finished(self, cache: Path) -> dict[str, str]:
         """File name -> checksum of every picture that is whole and was made for this request."""
         folder = self.folder(cache)
-        try:
-            rows = [json.loads(line) for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError):
-            return {}
-        listed = {row["file"]: row["sha256"] for row in rows if row["request"] == asdict(self)}
+        listed = {row["file"]: row["sha256"] for row in _rows(folder / MANIFEST) if row["request"] == asdict(self)}
         return {
             name: checksum
             for name, checksum in listed.items()
             if (folder / name).is_file() and _checksum(folder / name) == checksum
         }
+
+
+def _rows(manifest: Path) -> Iterator[dict[str, Any]]:
+    """The manifest's whole lines."""
+    if not manifest.is_file():
+        return
+    for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.keys() >= {"file", "sha256", "request"}:
+            yield row
 
 
 def _name(index: int) -> str:

@@ -6,7 +6,6 @@ Shapes: h w pixels of the file, R the resolution trained on.
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +28,13 @@ def decode(content: bytes, background: str) -> Image.Image:
     """An RGB image, turned as the camera meant it, transparency laid on `background`.
 
     Raises:
-        OSError, ValueError, Image.DecompressionBombError: it is no whole picture.
+        OSError, ValueError, Image.DecompressionBombError: it is no whole picture, or one too large to be meant.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content)) as file:
-            image = ImageOps.exif_transpose(file)
+    with Image.open(io.BytesIO(content)) as file:
+        # Pillow itself only warns up to twice its limit, and filters of warnings are shared by threads.
+        if Image.MAX_IMAGE_PIXELS is not None and file.width * file.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{file.width} x {file.height} pixels are more than are safe to unpack")
+        image = ImageOps.exif_transpose(file)
     if image.mode.startswith(("I", "F")):
         image = _to_eight_bits(image)
     if image.has_transparency_data:
@@ -46,8 +46,13 @@ def decode(content: bytes, background: str) -> Image.Image:
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """16 bits scaled to 8: Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image, dtype=np.float32)
-    return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
+    values = np.asarray(image)
+    if image.mode == "F" or values.max() > 65535 or values.min() < 0:
+        raise ValueError("its pixels have no known white; save it with 8 or 16 bits a channel")
+    gray = Image.fromarray((values / 257).round().astype(np.uint8))
+    if "transparency" in image.info:
+        gray.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return gray
 
 
 def scaled_size(width: int, height: int, resolution: int) -> tuple[int, int]:

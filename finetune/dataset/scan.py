@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from finetune.config import LocalPath, PositiveInt, Section, Strings
+from finetune.config import LocalPath, Section, Strings
 from finetune.dataset.pixels import SUFFIXES, decode
 from finetune.errors import UserError
 
@@ -25,7 +25,7 @@ class DatasetConfig(Section):
 
     folder: LocalPath
     """Pictures, each with `name.txt` or `name.caption` beside it, or one `metadata.jsonl` for all."""
-    resolution: PositiveInt = 512
+    resolution: Annotated[int, Field(gt=0, multiple_of=8)] = 512
     """Side of the square that is trained on, in pixels."""
     captions: Strings = ()
     """For pictures without one of their own; `{}` is the placeholder. One is drawn at each step."""
@@ -89,19 +89,32 @@ def _measure(path: Path, background: str) -> tuple[str, int, int] | str:
 def _captions_of(
     path: Path, metadata: Mapping[str, str] | None, templates: tuple[str, ...], problems: list[str]
 ) -> tuple[str, ...]:
-    if metadata is not None:
-        return (metadata[path.name],) if path.name in metadata else ()
-    beside = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES if path.with_suffix(suffix).is_file()]
-    if len(beside) > 1:
-        problems.append(f"{path}: has both {beside[0].name} and {beside[1].name}. Keep one of them.")
-    elif beside:
-        text = beside[0].read_text(encoding="utf-8-sig", errors="replace").strip()
-        if text and "\ufffd" not in text:
-            return (text,)
-        problems.append(f"{beside[0]}: {'is not UTF-8 text' if text else 'is empty'}")
+    sources = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES if path.with_suffix(suffix).is_file()]
+    if metadata is not None and path.name in metadata:
+        sources.append(path.with_name(METADATA))
+    if len(sources) > 1:
+        problems.append(f"{path}: is captioned by {' and by '.join(file.name for file in sources)}. Keep one of them.")
+    elif metadata is not None and path.name in metadata:
+        return (metadata[path.name],)
+    elif sources:
+        text = _read_text(sources[0], problems)
+        if text is not None and not text.strip():
+            problems.append(f"{sources[0]}: is empty")
+        return ((text or "").strip(),)
+    elif metadata is not None:
+        problems.append(f"{path}: has no row in {METADATA}. Add one.")
     elif not templates:
         problems.append(f"{path}: has no caption. Add {path.stem}.txt, or set dataset.captions in the recipe.")
     return templates
+
+
+def _read_text(file: Path, problems: list[str]) -> str | None:
+    """None where it is not UTF-8, which is then among the problems."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        problems.append(f"{file}: is not UTF-8 text. Save it as such.")
+    return None
 
 
 def _read_metadata(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[str, str] | None:
@@ -110,25 +123,34 @@ def _read_metadata(folder: Path, paths: Iterable[Path], problems: list[str]) -> 
     if not file.is_file():
         return None
     names = {path.name for path in paths}
+    text = _read_text(file, problems)
+    if text is None:
+        return dict.fromkeys(names, "")  # no caption is missing for another reason
     captions: dict[str, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    # Only a line feed ends a line of JSON Lines; other separators may stand in a caption.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                name, caption = _parse_row(json.loads(line), names)
+                name, caption = _parse_row(line, names, captions)
             except ValueError as error:
                 problems.append(f"{file}, line {number}: {error}")
             else:
                 captions[name] = caption
-    problems += [f"{folder / name}: has no row in {METADATA}" for name in sorted(names - captions.keys())]
     return captions
 
 
-def _parse_row(row: Any, names: set[str]) -> tuple[str, str]:
+def _parse_row(line: str, names: set[str], earlier: Mapping[str, str]) -> tuple[str, str]:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise ValueError('expected {"file_name": ..., "caption": ...}')
-    caption = row.get("caption", row.get("text"))
+    name, caption = row["file_name"], row.get("caption", row.get("text"))
     if not isinstance(caption, str) or not caption.strip():
-        raise ValueError(f"no caption for {row['file_name']!r}: add the key 'caption'")
-    if row["file_name"] not in names:
-        raise ValueError(f"{row['file_name']!r} is not a picture in this folder")
-    return row["file_name"], caption.strip()
+        raise ValueError(f"no caption for {name!r}: add the key 'caption'")
+    if name not in names:
+        raise ValueError(f"{name!r} is not a picture in this folder")
+    if name in earlier:
+        raise ValueError(f"{name!r} has a row already. Keep one of them.")
+    return name, caption.strip()

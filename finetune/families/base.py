@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -112,14 +112,29 @@ class Family(ABC):
         shift, scale = vae.config.get("shift_factor") or 0.0, vae.config["scaling_factor"]
         return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
 
+    def too_long(self, captions: Sequence[str]) -> list[str]:
+        """Those whose end `tokenize` cuts off."""
+        tokenizers = [getattr(self.pipeline, name) for name in self.text_encoders.values()]
+        return [
+            caption
+            for caption in captions
+            if any(
+                len(tokenizer(self._spell(caption, tokenizer)).input_ids) > tokenizer.model_max_length
+                for tokenizer in tokenizers
+            )
+        ]
+
+    def _spell(self, caption: str, tokenizer: Any) -> str:
+        """The caption with each word of several vectors written out, as the pipelines do."""
+        return self.pipeline.maybe_convert_prompt(caption, tokenizer)
+
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Captions to ids, words of several vectors spelled out, padded and cut at the encoder's length."""
+        """Captions to ids, padded and cut at the encoder's length."""
         tokens = {}
         for encoder, name in self.text_encoders.items():
             tokenizer = getattr(self.pipeline, name)
-            texts = [self.pipeline.maybe_convert_prompt(caption, tokenizer) for caption in captions]
             encoded = tokenizer(
-                texts,
+                [self._spell(caption, tokenizer) for caption in captions],
                 padding="max_length",
                 truncation=True,
                 max_length=tokenizer.model_max_length,

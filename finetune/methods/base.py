@@ -54,6 +54,11 @@ class Method(Section, ABC):
         return False
 
     @property
+    def own_rates(self) -> dict[str, float]:
+        """Learning rates beside the recipe's, by the name of their setting."""
+        return {}
+
+    @property
     def export_is_lossy(self) -> bool:
         """Whether the small file holds less than what was trained; the student then holds what the file holds."""
         return False

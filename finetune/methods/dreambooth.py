@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config import Fraction, PositiveInt
+from finetune.config import Fraction, PositiveInt, Text
 from finetune.methods.base import Prior, methods
 from finetune.methods.lora import LoRA
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from finetune.student import Student
 
 
+LORA_ONLY = ("alpha", "targets", "rank_pattern", "alpha_pattern", "dropout")
+WHOLE_ONLY = ("export_energy", "export_checkpoint")
+
+
 @methods.register
 class DreamBooth(LoRA):
     """Trains the whole denoiser or a LoRA of it, with the prior-preservation loss."""
@@ -30,7 +34,7 @@ class DreamBooth(LoRA):
     denoiser: Literal["lora", "whole"] = "lora"
     prior: Literal["none", "images", "prediction"] = "images"
     """`images` made by the base, its `prediction` on the class prompt (no images needed), or `none`."""
-    class_prompt: str | None = None
+    class_prompt: Text | None = None
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
     num_class_images: PositiveInt = 100
     export_energy: Fraction | None = None
@@ -50,13 +54,15 @@ class DreamBooth(LoRA):
 
     def problems(self) -> list[str]:
         problems = super().problems()
-        if self.prior != "none" and not self.class_prompt:
-            problems.append(f"prior: {self.prior} needs class_prompt, such as 'a dog'. Add it, or set prior: none.")
-        if self.denoiser == "lora" and (self.export_energy is not None or self.export_checkpoint):
-            problems.append("export_energy and export_checkpoint are for denoiser: whole. Remove them.")
-        if self.denoiser == "whole":
-            fixed = self.model_fields_set & {"alpha", "targets", "rank_pattern", "alpha_pattern", "dropout"}
-            problems += [f"{name} is for denoiser: lora; the whole denoiser is trained. Remove it." for name in fixed]
+        if self.prior != "none" and self.class_prompt is None:
+            problems.append(f"class_prompt: prior: {self.prior} needs it, such as 'a dog'. Add it, or set prior: none.")
+        other = LORA_ONLY if self.denoiser == "whole" else WHOLE_ONLY
+        needed = "lora" if self.denoiser == "whole" else "whole"
+        problems += [
+            f"{name}: is for denoiser: {needed}. Remove it."
+            for name in other
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
         return problems
 
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from finetune.config import Fraction, PositiveFloat, PositiveInt, Strings
 from finetune.methods.base import Method, methods
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from finetune.families.base import Family
     from finetune.student import Group, Student
 
-Targets = Annotated[Strings, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 PRESETS = ("attention", "feed_forward", "linear", "convolution")
 
 
@@ -29,7 +28,7 @@ class LoRA(Method):
     rank: PositiveInt = 16
     alpha: PositiveFloat | None = None
     """The update is scaled by alpha / rank. Default: the rank, a scale of 1."""
-    targets: Targets = Field(("attention",), min_length=1)
+    targets: Strings = Field(("attention",), min_length=1)
     """Presets (attention, feed_forward, linear, convolution) and names of layers, together."""
     rank_pattern: dict[str, PositiveInt] = {}
     """Other ranks for layers whose name matches a regular expression; so for alpha."""
@@ -45,8 +44,13 @@ class LoRA(Method):
 
     def problems(self) -> list[str]:
         if self.text_encoder_learning_rate is not None and not self.text_encoder:
-            return ["text_encoder_learning_rate has no effect while text_encoder is false. Set it, or remove the rate."]
+            return ["text_encoder_learning_rate: has no effect while text_encoder is false. Remove one of them."]
         return []
+
+    @property
+    def own_rates(self) -> dict[str, float]:
+        rate = self.text_encoder_learning_rate
+        return {} if rate is None else {"text_encoder_learning_rate": rate}
 
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
         from finetune.lowrank import disabled

@@ -37,6 +37,10 @@ class PivotalTuning(LoRA):
     def trains_word(self) -> bool:
         return True
 
+    @property
+    def own_rates(self) -> dict[str, float]:
+        return {**super().own_rates, "word_learning_rate": self.word_learning_rate}
+
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
         from finetune.lowrank import disabled
         from finetune.student import Group, Student
