@@ -55,7 +55,8 @@ def train(
     at_work = run.prepare(loaded, resume=resume, overwrite=overwrite)
     if at_work.is_main:
         _print_plan(loaded, at_work.pictures, at_work.describe_machine())
-        print(*(f"warning: {text}" for text in at_work.warnings), sep="\n", end="\n" * bool(at_work.warnings))
+        for text in at_work.warnings():
+            print(f"warning: {text}")
     try:
         at_work.loop()
     except run.Stopped:
@@ -66,7 +67,7 @@ def train(
     result = at_work.finish()
     print(f"reloaded into a fresh pipeline: {result.verdict.error:.2%} off what was learnt")
     for file in result.files:
-        print(f"{file}  ({file.stat().st_size / 1000:,.0f} kB)")
+        print(f"{file}  ({_describe(file)})")
     print(*filter(None, [result.grid, result.card]), sep="\n")
 
 
@@ -172,6 +173,19 @@ def _print_plan(recipe: Any, pictures: Any, machine: str | None = None) -> None:
     lines = plan(recipe, pictures) | ({"machine": machine} if machine else {})
     for title, text in lines.items():
         print(f"{title:10}{text}")
+
+
+def _describe(file: Path) -> str:
+    """Its size and, where a file holds less than was trained, how much it kept."""
+    from finetune.load import read_header
+
+    header = read_header(file)[1]
+    kept = [
+        f"{float(share):.1%} of the change of {name[12:]}"
+        for name, share in header.items()
+        if name[:12] == "energy_kept."
+    ]
+    return ", ".join([f"{file.stat().st_size / 1000:,.1f} kB", *kept])
 
 
 def _headline(path: Path) -> str:

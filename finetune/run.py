@@ -52,13 +52,12 @@ def prepare(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = Fals
     found = check_folder(recipe, resume=resume, overwrite=overwrite)
     torch.manual_seed(recipe.train.seed)
     family = load_family(recipe)
-    open_folder(recipe, accelerator, fresh=found is None)
+    open_folder(recipe, accelerator, overwrite=overwrite)
     family.to(accelerator.device)
     concept = Pictures.from_pictures(pictures, recipe.dataset, recipe.placeholder)
     prior = make_prior(recipe, family, concept, accelerator)
     student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
     run = Run(recipe, pictures, Trainer(student, concept, prior, recipe.train, accelerator))
-    run.warnings += [f"the end of this caption does not fit the text encoder: {text}" for text in _cut(recipe, run)]
     if found is not None:
         run.trainer.resume(checkpoint.load(found)["trainer"])
     return run
@@ -154,10 +153,11 @@ def check_folder(recipe: Recipe[Any], *, resume: bool, overwrite: bool) -> Path 
         raise UserError("--resume and --overwrite contradict each other. Give one of them.")
     if not all(path.is_dir() for path in (folder, *folder.parents) if path.exists()):
         raise UserError(f"output.folder: {folder} cannot be a folder: a file is in the way")
-    if (folder / RECIPE_FILE).exists() and not resume and not overwrite:
+    held = [name for name in (RECIPE_FILE, CHECKPOINTS, SAMPLES) if (folder / name).exists()]
+    if held and not resume and not overwrite:
         raise UserError(
-            f"output.folder: {folder} holds a run already. Go on with --resume, replace it with --overwrite, "
-            "or choose another folder."
+            f"output.folder: {folder} holds a run already ({', '.join(held)}). "
+            "Go on with --resume, replace it with --overwrite, or choose another folder."
         )
     found = checkpoint.newest(folder / CHECKPOINTS) if resume else None
     if found is not None:
@@ -165,12 +165,12 @@ def check_folder(recipe: Recipe[Any], *, resume: bool, overwrite: bool) -> Path 
     return found
 
 
-def open_folder(recipe: Recipe[Any], accelerator: Accelerator, *, fresh: bool) -> None:
+def open_folder(recipe: Recipe[Any], accelerator: Accelerator, *, overwrite: bool) -> None:
     """Make the output folder, or rid it of an earlier run's state, once everything else is known to work."""
     folder = recipe.output.folder
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if fresh:
+        if overwrite:
             for name in (CHECKPOINTS, SAMPLES, "tensorboard"):
                 shutil.rmtree(folder / name, ignore_errors=True)
         try:
@@ -196,11 +196,6 @@ def _check_unchanged(recipe: Recipe[Any], before: str, found: Path) -> None:
         raise UserError([f"--resume: the recipe differs from that of {found}:", *changed])
 
 
-def _cut(recipe: Recipe[Any], run: Run) -> list[str]:
-    captions = sorted({recipe.fill(caption) for picture in run.pictures for caption in picture.captions})
-    return run.family.too_long([*captions, *run.prompts])
-
-
 class Run:
     """A trainer at work: pictures on the way, checkpoints, trackers, and the files at the end."""
 
@@ -211,9 +206,7 @@ class Run:
         self.accelerator = trainer.accelerator
         self.folder = recipe.output.folder
         self.family = trainer.student.family
-        self.warnings: list[str] = []
         self.prompts = [recipe.fill(prompt) for prompt in recipe.validation.prompts]
-        self.before = self.probe(self.family)
 
     @property
     def is_main(self) -> bool:
@@ -223,6 +216,12 @@ class Run:
         device, count = self.accelerator.device, self.accelerator.num_processes
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         return f"{count} x {name}, {self.trainer.student.num_parameters():,} parameters are trained"
+
+    def warnings(self) -> list[str]:
+        """What the user should know before the time is spent."""
+        captions = sorted({self.recipe.fill(text) for picture in self.pictures for text in picture.captions})
+        cut = self.family.too_long([*captions, *self.prompts])
+        return [f"the end of this caption does not fit into the text encoder: {text}" for text in cut]
 
     def loop(self) -> None:
         """Train to the end; when told to stop, or on divergence, leave a checkpoint of the last good step."""
@@ -311,19 +310,25 @@ class Run:
         fingerprint = self.family.fingerprint
         with self.trainer.averaged():
             files = recipe.method.export(student, self.folder, getattr(torch, recipe.output.dtype), self._header())
-            after = self.probe(self.family)
             if recipe.method.export_is_lossy:
                 self.draw(range(len(self.prompts)))
-        precision = self.family.dtype
-        fresh = load_family(recipe)
-        load_adapters(fresh.pipeline, files)
-        fresh.pipeline.to(self.accelerator.device, precision)
-        verdict = compare(self.before, after, self.probe(fresh))
+            self.family.pipeline.to(torch.float32)
+            after = self.probe(self.family)
+        self.family.to(torch.device("cpu"))  # there may be no room for two
+        verdict = self._compare(files, after)
         if not verdict.passed:
             raise UserError(_complaint(verdict, files))
         grid = self.save_grid()
         card = write_card(recipe, files, fingerprint=fingerprint, num_pictures=len(self.pictures), verdict=verdict)
         return Result(files, grid, card, verdict)
+
+    def _compare(self, files: Sequence[Path], after: torch.Tensor) -> Verdict:
+        """A fresh pipeline before and after it loads the files, in float32, so that rounding hides nothing."""
+        fresh = load_family(self.recipe)
+        fresh.pipeline.to(self.accelerator.device, torch.float32)
+        before = self.probe(fresh)
+        load_adapters(fresh.pipeline, files).to(self.accelerator.device, torch.float32)
+        return compare(before, after, self.probe(fresh))
 
     def _header(self) -> dict[str, str]:
         """Small and readable: what a file is, without the run beside it."""

@@ -213,6 +213,22 @@ def test_an_uneven_share_is_refused_with_the_number_that_would_do(base_folder: A
         run.prepare(recipe)
 
 
+@pytest.mark.parametrize("case", lessons.FAMILY_X_METHOD, ids=lessons.name)
+def test_a_run_in_half_precision_passes_its_own_check(case: tuple[str, ...], base_folder: Any, tmp_path: Path):
+    family, variant, method, way = case
+    recipe = lessons.recipe(base_folder(family, variant), tmp_path, method, way, train={"precision": "bf16"})
+    recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dtype": "float16"})})
+    assert run.train(recipe).verdict.passed
+
+
+def test_a_folder_with_somebodys_samples_is_not_touched(base_folder: Any, tmp_path: Path):
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain")
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    with pytest.raises(UserError, match="samples"):
+        run.prepare(recipe)
+    assert (tmp_path / "run" / "samples").is_dir()
+
+
 @pytest.mark.parametrize(
     "train",
     [

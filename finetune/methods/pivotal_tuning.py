@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class PivotalTuning(LoRA):
     """Textual Inversion and LoRA together; the word's vectors rest after a share of the steps."""
 
-    summary = "a new word and a LoRA in one run: the closest likeness, two small files"
+    summary = "a new word first and a LoRA around it, in one run: two small files"
     num_vectors: PositiveInt = 1
     init: str
     """Words to start from, or an embedding file (.safetensors)."""
