@@ -1,0 +1,120 @@
+"""The sample concepts in `data/concepts`: subjects and styles that the base has never seen, drawn by its own world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from composer import Composer
+from layouts import Arranger, Place
+from PIL import Image
+from scenes import SCENES
+from specification import Layer, Picture
+from sprites import describe, drawing, load_icons, rasterize
+from vocabulary import COLOURS, HELD
+from words import article, spoken
+
+SIZE = 256
+SUBJECTS = {
+    # name: (Iconify set, emojibase label, class noun of the captions)
+    "fox": ("noto", "fox", "animal"),
+    "teddy_bear": ("noto", "teddy bear", "toy"),
+    "octopus": ("twemoji", "octopus", "sea animal"),
+    "teapot": ("twemoji", "teapot", "household object"),
+    "robot": ("fluent-emoji-flat", "robot", "toy"),
+}
+VIEWS = (
+    # backdrop (a scene, or a colour), scale, x, turn
+    ("teal", 0.70, 0.02, 0.0),
+    ("yellow", 0.56, -0.12, 0.12),
+    ("meadow", 0.58, 0.10, 0.0),
+    ("beach", 0.52, -0.16, -0.08),
+    ("room", 0.62, -0.04, 0.0),
+    ("snow", 0.48, 0.18, 0.06),
+    ("white", 0.80, 0.0, 0.0),
+)
+STYLES = {"fluent_3d": "fluent-emoji", "openmoji": "openmoji"}
+EXAMPLES = (
+    ("cat face", "white"), ("red apple", "white"), ("automobile>car", "city"), ("sunflower", "garden"),
+    ("frog", "lake"), ("cupcake", "pink"), ("rabbit face", "meadow"), ("house", "snow"), ("pineapple", "teal"),
+    ("airplane", "sky"), ("tropical fish", "under water"), ("crown", "purple"), ("ice cream", "beach"),
+    ("turtle", "desert"), ("soccer ball", "orange"), ("tulip", "yellow"),
+)  # fmt: skip
+
+
+def view(
+    index: int,
+    arranger: Arranger,
+    backdrop: str,
+    scale: float,
+    x: float,
+    turn: float,
+    draws: tuple[float, ...],
+) -> Picture:
+    """One thing in one place, standing on the ground where there is one."""
+    left, top, right, bottom = arranger.sprites[index].box
+    if backdrop in SCENES:
+        ground = Place.of(backdrop, draws, arranger.rng).ground
+        if ground is None:
+            return Picture([Layer(index, scale, x, 0.0, turn)], backdrop, draws=draws)
+        layer = arranger.stand(index, scale, x, max(0.62, min(ground, 0.8)), 0.34, turn=turn)
+        return Picture([layer], backdrop, draws=draws)
+    colour = list(COLOURS).index(backdrop)
+    layer = Layer(index, scale, x - scale * (left + right) / 2, -scale * (top + bottom) / 2, turn, shadow=0.16)
+    return Picture([layer], "plain", (colour, colour), draws)
+
+
+def place_words(backdrop: str) -> str:
+    return SCENES[backdrop].phrases[0] if backdrop in SCENES else f"on {article(backdrop)} background"
+
+
+def save(folder: Path, number: int, picture: torch.Tensor, caption: str) -> None:
+    """picture: [3, h, w] in 0..1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    Image.fromarray(pixels).save(folder / f"{number:02d}.png", optimize=True)
+    (folder / f"{number:02d}.txt").write_text(caption + "\n")
+
+
+def draw_subject(source: Path, folder: Path, set_name: str, label: str, noun: str) -> None:
+    assert label in HELD, f"{label} is in the base's training world"
+    image = rasterize(drawing(load_icons(source, set_name), label) or "")
+    sprite = describe(image, set_name, label, label, noun)
+    composer = Composer(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], [sprite], SIZE)
+    rng = Random(label)
+    for number, (backdrop, scale, x, turn) in enumerate(VIEWS, 1):
+        draws = tuple(rng.random() for _ in range(8))
+        arranger = Arranger([sprite], Place(None, 0.0), rng)
+        picture = composer.draw([view(0, arranger, backdrop, scale, x, turn, draws)])[0]
+        save(folder, number, picture, f"a {{}} {noun} {place_words(backdrop)}")
+
+
+def draw_style(source: Path, folder: Path, set_name: str) -> None:
+    icons = load_icons(source, set_name)
+    named = [(*spoken(entry), backdrop) for entry, backdrop in EXAMPLES]
+    images = [rasterize(drawing(icons, label) or "") for label, _, _ in named]
+    sprites = [
+        describe(image, set_name, label, said, "") for image, (label, said, _) in zip(images, named, strict=True)
+    ]
+    composer = Composer(torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images]), sprites, SIZE)
+    rng = Random(set_name)
+    for number, (_, said, backdrop) in enumerate(named):
+        draws = tuple(rng.random() for _ in range(8))
+        arranger = Arranger(sprites, Place(None, 0.0), rng)
+        picture = composer.draw([view(number, arranger, backdrop, 0.68, rng.uniform(-0.1, 0.1), 0.0, draws)])[0]
+        save(folder, number + 1, picture, f"{article(said)} {place_words(backdrop)}, {{}} style")
+
+
+def write_concepts(source: Path, folder: Path) -> None:
+    """Draw everything from the unpacked sets in `source`, with the licence of each set in the folder's own note."""
+    for name, (set_name, label, noun) in SUBJECTS.items():
+        draw_subject(source, folder / name, set_name, label, noun)
+    for name, set_name in STYLES.items():
+        draw_style(source, folder / name, set_name)
+    used = {set_name for set_name, _, _ in SUBJECTS.values()} | set(STYLES.values())
+    for set_name in sorted(used):
+        info = json.loads((source / set_name / "info.json").read_text())
+        print(set_name, info["license"]["title"], info["author"]["url"])
