@@ -232,6 +232,13 @@ def test_weight_decay_moves_no_other_word(base_folder: Any, tmp_path: Path):
     assert torch.equal(table, before)
 
 
+def test_preserved_norms_are_those_of_a_typical_word(lesson: Any):
+    at_work, _, trained = lesson(("stable_diffusion", "epsilon", "textual_inversion", "three-vectors"))
+    (vectors,) = trained.values()
+    typical = at_work.family.pipeline.text_encoder.get_input_embeddings().median_norm()
+    torch.testing.assert_close(vectors.norm(dim=1), typical.expand(3))
+
+
 def test_a_word_can_start_from_another_embedding(base_folder: Any, lesson: Any, tmp_path: Path):
     _, result, _ = lesson(("stable_diffusion", "epsilon", "textual_inversion", "three-vectors"))
     way = {"init": str(result.files[0]), "num_vectors": 3}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from PIL import UnidentifiedImageError
 from pydantic import Field
 
 from finetune.config import LocalPath, Section, Strings
@@ -81,6 +82,8 @@ def _measure(path: Path, background: str) -> tuple[str, int, int] | str:
     try:
         content = path.read_bytes()
         width, height = decode(content, background).size
+    except UnidentifiedImageError:  # its own words name a buffer in memory
+        return f"{path}: cannot be read as a picture (of no known format). Remove or replace it."
     except Exception as error:  # Pillow raises almost anything on hostile files
         return f"{path}: cannot be read as a picture ({error}). Remove or replace it."
     return hashlib.sha256(content).hexdigest(), width, height
