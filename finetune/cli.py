@@ -181,9 +181,9 @@ def _describe(file: Path) -> str:
 
     header = read_header(file)[1]
     kept = [
-        f"{float(share):.1%} of the change of {name[12:]}"
+        f"{float(share):.1%} of the change of {name.removeprefix('energy_kept.')}"
         for name, share in header.items()
-        if name[:12] == "energy_kept."
+        if name.startswith("energy_kept.")
     ]
     return ", ".join([f"{file.stat().st_size / 1000:,.1f} kB", *kept])
 

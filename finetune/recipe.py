@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from finetune.config import LocalPath, PositiveInt, Section, Strings, build, rea
 from finetune.dataset.scan import DatasetConfig
 from finetune.errors import UserError, did_you_mean
 from finetune.methods.base import Method, methods
+from finetune.registry import headlines
 from finetune.schedule import TrainConfig
 from finetune.tracking import TrackerName
 
@@ -133,13 +133,8 @@ class Recipe(Section, Generic[M]):
 
 
 def known_families() -> dict[str, str]:
-    """Each family and its headline, without importing them, since they need torch."""
-    files = sorted((Path(__file__).parent / "families").glob("[a-z]*.py"))
-    return {file.stem: _headline(file) for file in files if file.stem != "base"}
-
-
-def _headline(file: Path) -> str:
-    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    """Each family and its headline, without importing torch as their registry does."""
+    return headlines("finetune.families")
 
 
 def find(name: str) -> Path:
@@ -191,6 +186,7 @@ def _method_of(tree: dict[str, Any]) -> type[Method]:
     name = (section or {}).get("name")
     if name is None:
         raise UserError(f"method.name: missing. Known: {', '.join(methods.names())}.")
-    if name not in methods.names():
-        raise UserError(f"method.name: unknown {name!r}. {did_you_mean(str(name), methods.names())}")
-    return methods[name]
+    try:
+        return methods[str(name)]
+    except UserError as error:
+        raise UserError(f"method.name: {error}") from None

@@ -6,14 +6,28 @@ decorates one class; its name is the module's. Nothing else mentions it.
 
 from __future__ import annotations
 
+import ast
 import importlib
-import pkgutil
+import importlib.util
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from finetune.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 C = TypeVar("C")
+
+
+def headlines(package: str) -> dict[str, str]:
+    """Each plug-in's name and the first line of its docstring, without importing it: some are heavy."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("[a-z]*.py"))
+    return {file.stem: _first_line(file) for file in files if file.stem != "base"}
+
+
+def _first_line(file: Path) -> str:
+    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 class Registry(Generic[T]):
@@ -29,9 +43,7 @@ class Registry(Generic[T]):
         return cls
 
     def names(self) -> list[str]:
-        """Known without importing the modules, some of which are heavy."""
-        modules = pkgutil.iter_modules(importlib.import_module(self.package).__path__)
-        return sorted(module.name for module in modules if module.name != "base")
+        return list(headlines(self.package))
 
     def __getitem__(self, name: str) -> type[T]:
         if name not in self.names():

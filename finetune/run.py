@@ -307,7 +307,6 @@ class Run:
     def finish(self) -> Result:
         """Export, reload into a fresh pipeline, compare, and show."""
         recipe, student = self.recipe, self.trainer.student
-        fingerprint = self.family.fingerprint
         with self.trainer.averaged():
             files = recipe.method.export(student, self.folder, getattr(torch, recipe.output.dtype), self._header())
             if recipe.method.export_is_lossy:
@@ -319,7 +318,9 @@ class Run:
         if not verdict.passed:
             raise UserError(_complaint(verdict, files))
         grid = self.save_grid()
-        card = write_card(recipe, files, fingerprint=fingerprint, num_pictures=len(self.pictures), verdict=verdict)
+        card = write_card(
+            recipe, files, fingerprint=self.family.fingerprint, num_pictures=len(self.pictures), verdict=verdict
+        )
         return Result(files, grid, card, verdict)
 
     def _compare(self, files: Sequence[Path], after: torch.Tensor) -> Verdict:

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "schedule": {"config", "student"},
     "methods": {"batch", "config", "export", "families", "lowrank", "registry", "student", "vocabulary"},
     "trainer": {"batch", "dataset", "schedule", "student"},
-    "recipe": {"config", "dataset", "methods", "schedule", "tracking"},
+    "recipe": {"config", "dataset", "methods", "registry", "schedule", "tracking"},
     "plan": {"dataset", "methods", "recipe"},
     "prior": {"dataset", "families", "load", "methods", "recipe"},
     "card": {"export", "recipe"},

@@ -85,10 +85,6 @@ class Family(ABC):
     def denoiser(self) -> nn.Module:
         return getattr(self.pipeline, self.denoiser_name)
 
-    @denoiser.setter
-    def denoiser(self, module: nn.Module) -> None:
-        setattr(self.pipeline, self.denoiser_name, module)
-
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
@@ -150,9 +146,11 @@ class Family(ABC):
         with torch.random.fork_rng(), torch.no_grad():
             for part in was_training:
                 part.eval()
-            yield
-        for part, training in was_training.items():
-            part.train(training)
+            try:
+                yield
+            finally:
+                for part, training in was_training.items():
+                    part.train(training)
 
     @cached_property
     def fingerprint(self) -> str:
