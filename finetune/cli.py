@@ -88,7 +88,8 @@ def generate(
     output: Annotated[Path, typer.Option(help="A folder, made if it does not exist.")] = Path("outputs/pictures"),
 ) -> None:
     """Make pictures with any mix of adapters."""
-    from finetune.load import Adapter, generate_files
+    from finetune.generate import generate_files
+    from finetune.load import Adapter
 
     paths = generate_files(
         [text for text in prompt for _ in range(count)],

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from finetune.dataset import Pictures
 from finetune.dataset.class_images import ClassImages
 from finetune.families.base import Family
-from finetune.load import render
 from finetune.methods.base import Prior
 from finetune.recipe import Recipe
+from finetune.render import render
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

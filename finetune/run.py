@@ -25,11 +25,12 @@ from finetune.errors import UserError
 from finetune.export import Verdict, compare, probe
 from finetune.families.base import Family, Source, families
 from finetune.grid import make_grid
-from finetune.load import file_name, load_adapters, render, use_ddim
+from finetune.load import load_adapters
 from finetune.plan import check
 from finetune.prior import make_prior
 from finetune.quiet import quiet_loading
 from finetune.recipe import Recipe, known_families
+from finetune.render import file_name, render, use_ddim
 from finetune.tracking import Trackers
 from finetune.trainer import NonFiniteLoss, Report, Trainer
 

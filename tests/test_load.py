@@ -14,7 +14,9 @@ from PIL import Image
 
 from finetune import run
 from finetune.errors import UserError
-from finetune.load import Adapter, generate_files, load_adapters, render, use_ddim
+from finetune.generate import generate_files
+from finetune.load import Adapter, load_adapters
+from finetune.render import render, use_ddim
 
 ONE_PER_METHOD = [case for case in lessons.FAMILY_X_METHOD if case[0] == "stable_diffusion"]
 

@@ -15,8 +15,8 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.load import use_ddim
 from finetune.objectives import Diffusion
+from finetune.render import use_ddim
 
 # Stable Diffusion's schedule, as its checkpoints write it.
 CONFIG: dict[str, Any] = {
