@@ -97,11 +97,11 @@ def factor_difference(
     """
     weights: LowRank = {}
     ranks: dict[str, int] = {}
-    total = sum(_energy(value - base[name].to(value)) for name, value in model.state_dict().items())
+    total = sum(squares(value - base[name].to(value)) for name, value in model.state_dict().items())
     kept = 0.0
     for name in layers_named(model, ()):
         weight = _weight(model.get_submodule(name)).detach()
-        down, up, share = _factor(weight - base[f"{name}.weight"].to(weight), rank, energy)
+        down, up, share = factor(weight - base[f"{name}.weight"].to(weight), rank, energy)
         kept += share
         ranks[name] = len(down)
         weights[f"{name}.lora_A.weight"] = down
@@ -125,11 +125,11 @@ def _weight(module: nn.Module) -> Tensor:
     return module.weight
 
 
-def _energy(difference: Tensor) -> float:
+def squares(difference: Tensor) -> float:
     return float(difference.double().square().sum())
 
 
-def _factor(difference: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
+def factor(difference: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
     """A (r, in, ...) and B (out, r, ...) of a layer's difference (out, in, ...), and the squares they keep.
 
     Singular vectors come from the smaller Gram matrix in float64: as exact as

@@ -1,0 +1,120 @@
+"""LoRA as diffusers and peft keep it: `unet.….lora_A.weight`, every scale in the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune.adapter import AdapterWeights, Update, by_layer, is_adapter, to_update
+from finetune.architectures import from_header, from_updates
+from finetune.errors import UserError
+from finetune.files import Header, Tensors
+from finetune.formats.base import Format, formats
+
+PARTS = ("unet", "transformer", "text_encoder_3", "text_encoder_2", "text_encoder")
+# Names that kohya's format has.
+FOREIGN = (
+    *("lora_unet_", "lora_te", "lora_transformer_", "lycoris_", "diffusion_model.", "text_encoders."),
+    *("double_blocks.", "single_blocks.", "joint_blocks."),
+)
+# What the names of older files are today.
+RENAMED = {
+    r"(^|\.)base_model\.model\.": r"\1",
+    r"\.processor\.": ".",
+    r"(?<=self_attn\.)to_(q|k|v)$": r"\1_proj",
+    r"(?<=self_attn\.)to_out$": "out_proj",
+    r"(?<!self_attn)\.to_out$": ".to_out.0",
+}
+CONFIG = "lora_adapter_metadata"  # diffusers: peft's configuration of every part, as JSON
+
+
+@formats.register
+class Diffusers(Format):
+    """Also reads what came before it: `.lora.down`, attention processors, `lora_linear_layer`, peft's own prefix."""
+
+    kind = AdapterWeights
+    ending = ".safetensors"
+
+    @classmethod
+    def recognises(cls, names: Mapping[str, Any]) -> bool:
+        return is_adapter(names) and not any(name.startswith(FOREIGN) for name in names)
+
+    @classmethod
+    def decode(cls, tensors: Tensors, header: Header, path: Path) -> AdapterWeights:
+        parts: dict[str, dict[str, Update]] = {}
+        for name, roles in by_layer(tensors).items():
+            part, layer = _place(name)
+            parts.setdefault(part, {})[layer] = to_update(name, roles)
+        if CONFIG in header:
+            parts = {part: _scaled(layers, part, header[CONFIG]) for part, layers in parts.items()}
+        return AdapterWeights(parts, from_header(header) or from_updates(parts), header)
+
+    @classmethod
+    def encode(cls, content: AdapterWeights, path: Path) -> tuple[Tensors, Header]:
+        tensors: Tensors = {}
+        for part, name, update in content.updates():
+            if _is_t5(name):
+                if update.up.any() and update.down.any():
+                    raise UserError(f"{part}.{name}: diffusers has no loader for a LoRA of T5")
+                continue
+            folded, layer = update.folded(), f"{part}.{name}"
+            tensors[f"{layer}.lora_A.weight"] = folded.down
+            tensors[f"{layer}.lora_B.weight"] = folded.up
+            if update.magnitude is not None:
+                shape = (1, -1, 1, 1) if update.up.ndim == 4 else (-1,)
+                tensors[f"{layer}.lora_magnitude_vector"] = update.magnitude.reshape(shape)
+        return tensors, {"architecture": content.architecture} if content.architecture else {}
+
+
+def _is_t5(name: str) -> bool:
+    return name.startswith("encoder.block.")
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The part and the layer, as today's names have them."""
+    for pattern, renamed in RENAMED.items():
+        name = re.sub(pattern, renamed, name)
+    part = next((part for part in PARTS if name.startswith(f"{part}.")), None)
+    layer = name.removeprefix(f"{part}.")
+    if part is None:
+        part = _guess(name)
+    clip = part.startswith("text_encoder") and re.match(r"(encoder\.layers|embeddings|final_layer_norm)\.", layer)
+    return part, f"text_model.{layer}" if clip else layer
+
+
+def _guess(name: str) -> str:
+    """peft's own files name no part."""
+    for pattern, part in {
+        r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b": "unet",
+        r"(single_)?transformer_blocks\b|layers\.\d+\.(attention|feed_forward)": "transformer",
+        r"(noise|context)_refiner\b": "transformer",
+        r"(text_model\.)?encoder\.layers\b": "text_encoder",
+    }.items():
+        if re.match(pattern, name):
+            return part
+    raise UserError(f"{name}: names no part of a pipeline. Known: {', '.join(sorted(PARTS))}.")
+
+
+def _scaled(layers: Mapping[str, Update], part: str, text: str) -> dict[str, Update]:
+    """The scales that a header's configuration gives; scales from `.alpha` tensors stay."""
+    try:
+        config = {
+            key.removeprefix(f"{part}."): value for key, value in json.loads(text).items() if key.startswith(f"{part}.")
+        }
+        pattern = dict(config.get("alpha_pattern") or {})
+        general = config.get("lora_alpha")
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"the header's {CONFIG} is no JSON of a configuration") from None
+    scaled = {}
+    for name, update in layers.items():
+        # peft takes a pattern for the end of a name, and the first that fits.
+        alpha = next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), general)
+        ranks = math.sqrt(update.rank) if config.get("use_rslora") else update.rank
+        given = update.scale if alpha is None or update.scale != 1 else float(alpha) / ranks
+        scaled[name] = replace(update, scale=given)
+    return scaled
