@@ -26,16 +26,20 @@ class Batch:
     noise: Tensor  # (B, C, H, W), float32
     time: Tensor  # (B,), in the objective's unit
     prompt: Prompt | Tokens  # tokens where the text encoder's weights or words are trained
+    geometry: Tensor  # (B, 6), see Family.denoise
     num_prior: int  # how many of the last samples are prior
 
     def last(self, count: int) -> Batch:
         """The last samples alone."""
         prompt = (
-            Prompt(self.prompt.embeds[-count:])
+            self.prompt.last(count)
             if isinstance(self.prompt, Prompt)
             else {name: ids[-count:] for name, ids in self.prompt.items()}
         )
-        return Batch(self.latents[-count:], self.noise[-count:], self.time[-count:], prompt, count)
+        latents, noise, time, geometry = (
+            part[-count:] for part in (self.latents, self.noise, self.time, self.geometry)
+        )
+        return Batch(latents, noise, time, prompt, geometry, count)
 
 
 class Encoder:
@@ -57,7 +61,9 @@ class Encoder:
         posteriors = self._encode_images(draws, keep)
         samples = [self._sample(*pair) for pair in zip(posteriors, draws, strict=True)]
         latents, noise, time = (torch.cat(parts).to(self.family.device) for parts in zip(*samples, strict=True))
-        return Batch(latents, noise, time, self._encode_captions([draw.caption for draw in draws]), num_prior)
+        geometry = torch.tensor([draw.geometry for draw in draws], dtype=torch.float32, device=self.family.device)
+        prompt = self._encode_captions([draw.caption for draw in draws])
+        return Batch(latents, noise, time, prompt, geometry, num_prior)
 
     def _sample(self, posterior: Posterior, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, noise and time of one sample, from its own generator: B is 1."""
@@ -65,7 +71,7 @@ class Encoder:
         shape = posterior.mean.shape
         latents = posterior.mean + posterior.std * torch.randn(shape, generator=generator)
         noise = torch.randn(shape, generator=generator)
-        time = self.family.objective.sample_time(generator)
+        time = self.family.objective.sample_time(generator, shape)
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn((*shape[:2], 1, 1), generator=generator)
         return latents, noise, time
@@ -88,4 +94,4 @@ class Encoder:
         for caption in set(captions) - self._prompts.keys():
             with torch.no_grad():
                 self._prompts[caption] = self.family.encode_prompt(self.family.tokenize([caption]))
-        return Prompt(torch.cat([self._prompts[caption].embeds for caption in captions]))
+        return Prompt.join([self._prompts[caption] for caption in captions])

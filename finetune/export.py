@@ -47,9 +47,12 @@ def _canonical(part: str, name: str) -> str:
 
 
 def save_words(family: Family, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:
-    """The trained vectors under their word, as `load_textual_inversion` reads them."""
-    (table,) = words(family).values()
-    return [save({table.word: table.new}, folder / WORDS_FILE, dtype, header)]
+    """The trained vectors: under their word, as `load_textual_inversion` reads them, where there is one text
+    encoder; under the encoders' names, as ComfyUI reads them, where there are several."""
+    tables = words(family)
+    several = len(tables) > 1
+    named = {family.word_keys[name] if several else table.word: table.new for name, table in tables.items()}
+    return [save(named, folder / WORDS_FILE, dtype, header)]
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,10 @@ def probe(family: Family, captions: Sequence[str], size: int) -> Tensor:
     predictions = []
     for caption in captions:
         latents, noise = (torch.randn((4, *shape[1:]), generator=generator) for _ in range(2))
-        time = torch.tensor([100, 350, 600, 900])
-        tokens = family.tokenize([caption] * 4)
-        batch = Batch(latents.to(family.device), noise.to(family.device), time.to(family.device), tokens, 0)
+        time = family.objective.time_at(torch.tensor([0.1, 0.35, 0.6, 0.9]))
+        geometry = torch.tensor([[size, size, 0, 0, size, size]] * 4, dtype=torch.float32)
+        latents, noise, time, geometry = (part.to(family.device) for part in (latents, noise, time, geometry))
+        batch = Batch(latents, noise, time, family.tokenize([caption] * 4), geometry, 0)
         predictions.append(predict(family, batch).cpu())
     return torch.cat(predictions)
 

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.adapter import WordVectors
 from finetune.errors import UserError
+from finetune.formats import read, to_diffusers
+from finetune.placeholder import add_word, pool_at_the_end
+
+# What an embedding's vectors are for -> the endings of the pipelines' attributes where such an encoder may be.
+ENCODERS = {"clip_l": ("",), "clip_g": ("_2",), "t5": ("_3", "_2"), "qwen3": ("",)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def load_adapters(pipeline: Any, adapters: Iterable[Adapter | str | Path]) -> Any:
-    """Load any mix of LoRAs and embeddings into a diffusers pipeline.
+    """Load any mix of LoRAs and embeddings, in whichever format, into a diffusers pipeline.
 
     A LoRA's weight scales its update. An embedding's weight moves its vectors from the
     vocabulary's mean (0) to what was learnt (1).
@@ -61,31 +67,39 @@ def load_adapters(pipeline: Any, adapters: Iterable[Adapter | str | Path]) -> An
     Returns:
         The pipeline itself.
     """
+    pool_at_the_end(pipeline)
     weights: dict[str, float] = {}
     for given in adapters:
         adapter = given if isinstance(given, Adapter) else Adapter(Path(given))
         for file in adapter.files():
-            names, _ = read_header(file)
-            if any("lora" in name for name in names):
-                name = f"adapter_{len(weights)}"
-                pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
-                weights[name] = adapter.weight
+            content = read(file)
+            if isinstance(content, WordVectors):
+                _load_word(pipeline, content, adapter.weight, file)
             else:
-                _load_words(pipeline, file, adapter.weight)
+                name = f"adapter_{len(weights)}"
+                pipeline.load_lora_weights(to_diffusers(content), adapter_name=name)
+                weights[name] = adapter.weight
     if weights:
         pipeline.set_adapters(list(weights), list(weights.values()))
     return pipeline
 
 
-def _load_words(pipeline: Any, file: Path, weight: float) -> None:
-    from safetensors.torch import load_file
+def _load_word(pipeline: Any, content: WordVectors, weight: float, file: Path) -> None:
+    """A word into the text encoders that there are vectors for."""
+    for key, vectors in content.vectors.items():
+        encoder, tokenizer = _encoder_for(pipeline, key, vectors.shape[-1], file)
+        mean = encoder.get_input_embeddings().weight.detach().float().mean(0).cpu()
+        add_word(encoder, tokenizer, content.word, mean + weight * (vectors.float() - mean))
 
-    state = load_file(file)
-    if len(state) != 1:
-        raise UserError(f"{file}: neither a LoRA nor the embedding of one word")
-    ((word, vectors),) = state.items()
-    table = pipeline.text_encoder.get_input_embeddings().weight
-    if vectors.shape[-1] != table.shape[-1]:
-        raise UserError(f"{file}: vectors of width {vectors.shape[-1]}, but this base's words have {table.shape[-1]}")
-    mean = table.detach().float().mean(0).cpu()
-    pipeline.load_textual_inversion({word: mean + weight * (vectors.float() - mean)})
+
+def _encoder_for(pipeline: Any, key: str, width: int, file: Path) -> tuple[Any, Any]:
+    """The text encoder and tokenizer that an embedding's key means."""
+    widths = []
+    for ending in ENCODERS[key]:
+        encoder = getattr(pipeline, f"text_encoder{ending}", None)
+        if encoder is not None:
+            widths.append(encoder.get_input_embeddings().weight.shape[-1])
+            if widths[-1] == width:
+                return encoder, getattr(pipeline, f"tokenizer{ending}")
+    has = f"have {widths[0]}" if widths else f"are not read by {key}"
+    raise UserError(f"{file}: vectors of width {width}, but this base's words {has}")

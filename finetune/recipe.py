@@ -27,8 +27,10 @@ class BaseConfig(Section):
     """The frozen model that is taught."""
 
     source: Annotated[str, AfterValidator(lambda text: str(Path(text).expanduser()) if text[:1] == "~" else text)]
-    """A folder in diffusers' layout, or a model of the Hub."""
+    """A folder in diffusers' layout, a model of the Hub, or a single-file checkpoint (.safetensors)."""
     revision: str | None = None
+    config: str | None = None
+    """For a single file: the folder or model of the Hub whose configs and tokenizers it uses, if not the usual one."""
     family: str = "auto"
     """How it is built; `auto` reads it from the checkpoint."""
     dtype: Precision | Literal["auto"] = "auto"
@@ -40,8 +42,13 @@ class BaseConfig(Section):
             raise UserError(f"family: unknown {self.family!r}. {did_you_mean(self.family, names)}")
         path = Path(self.source)
         looks_local = self.source.startswith((".", "/")) or ("/" in self.source and path.parent.is_dir())
-        if looks_local and not path.is_dir():
+        single = self.source.endswith(".safetensors")
+        if single and not path.is_file():
+            raise UserError(f"source: {self.source} does not exist")
+        if looks_local and not single and not path.is_dir():
             raise UserError(f"source: {self.source} is not a folder")
+        if self.config is not None and not single:
+            raise UserError("config: is for a single-file checkpoint (.safetensors). Remove it.")
         return self
 
 
@@ -120,8 +127,9 @@ class Recipe(Section, Generic[M]):
         tree = self.model_dump(mode="json")
         for section, key in (("dataset", "folder"), ("output", "folder")):
             tree[section][key] = str(Path(tree[section][key]).resolve())
-        for section, key, exists in (("base", "source", Path.is_dir), ("method", "init", Path.is_file)):
-            if key in tree[section] and exists(Path(tree[section][key])):
+        exists = (("base", "source", Path.exists), ("base", "config", Path.exists), ("method", "init", Path.is_file))
+        for section, key, is_local in exists:
+            if tree[section].get(key) is not None and is_local(Path(tree[section][key])):
                 tree[section][key] = str(Path(tree[section][key]).resolve())
         return tree
 

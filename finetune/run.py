@@ -23,7 +23,7 @@ from finetune.card import write_card
 from finetune.dataset import Picture, Pictures
 from finetune.errors import UserError
 from finetune.export import Verdict, compare, probe
-from finetune.families.base import Family, Source, families
+from finetune.families.base import Family, Source, detect, families
 from finetune.grid import make_grid
 from finetune.load import load_adapters
 from finetune.plan import check
@@ -106,8 +106,8 @@ def load_family(recipe: Recipe[Any]) -> Family:
         UserError: no family is made for it, or the objective does not fit it.
     """
     quiet_loading()
-    source = Source(recipe.base.source, recipe.base.revision, _dtype(recipe))
-    name = recipe.base.family if recipe.base.family != "auto" else _detect(source)
+    source = Source(recipe.base.source, recipe.base.revision, _dtype(recipe), recipe.base.config)
+    name = recipe.base.family if recipe.base.family != "auto" else detect(source)
     if name not in known_families():
         raise UserError(f"base.source: {source.path} is a {name}, which no family here is made for")
     try:
@@ -120,8 +120,7 @@ def load_family(recipe: Recipe[Any]) -> Family:
         raise
     except Exception as error:  # a broken folder fails in as many ways as it has files
         raise UserError(f"base.source: {source.path} cannot be loaded: {' '.join(str(error).split())}") from error
-    if recipe.train.zero_terminal_snr and family.objective.prediction == "epsilon":
-        raise UserError("train.zero_terminal_snr: at pure noise epsilon says nothing; this base must predict v")
+    _check_size(recipe, family)
     use_ddim(family.pipeline, zero_terminal_snr=recipe.train.zero_terminal_snr)
     return family
 
@@ -131,20 +130,14 @@ def _dtype(recipe: Recipe[Any]) -> torch.dtype:
     return getattr(torch, mixed if recipe.base.dtype == "auto" else recipe.base.dtype)
 
 
-def _detect(source: Source) -> str:
-    """The family whose pipeline the checkpoint names, or that pipeline's name."""
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    try:
-        config: Any = DiffusionPipeline.load_config(source.path, revision=source.revision)
-    except (OSError, ValueError) as error:
+def _check_size(recipe: Recipe[Any], family: Family) -> None:
+    multiple = family.pipeline.vae_scale_factor * family.size_multiple
+    if over := recipe.dataset.resolution % multiple:
+        lower = recipe.dataset.resolution - over
         raise UserError(
-            f"base.source: {source.path} is no folder in diffusers' layout and cannot be had from the Hub "
-            f"({str(error).splitlines()[0]})"
-        ) from None
-    pipeline = config["_class_name"]
-    matching = [name for name in known_families() if pipeline in families[name].pipeline_classes]
-    return matching[0] if matching else pipeline
+            f"dataset.resolution: {recipe.dataset.resolution} is not a multiple of {multiple}, which this base needs. "
+            f"Try {lower or multiple}."
+        )
 
 
 def check_folder(recipe: Recipe[Any], *, resume: bool, overwrite: bool) -> Path | None:

@@ -78,7 +78,7 @@ def predict(family: Family, batch: Batch) -> Tensor:
     """What the denoiser says of a batch: (B, C, H, W), float32."""
     noised = family.objective.add_noise(batch.latents, batch.noise, batch.time)
     prompt = batch.prompt if isinstance(batch.prompt, Prompt) else family.encode_prompt(batch.prompt)
-    return family.denoise(noised, batch.time, prompt).float()
+    return family.denoise(noised, batch.time, prompt, batch.geometry).float()
 
 
 def denoising_errors(family: Family, batch: Batch, target: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from finetune.errors import UserError
 from finetune.families.base import Family
+from finetune.placeholder import register
 
 
 class ExtendedEmbedding(nn.Module):
@@ -24,65 +25,63 @@ class ExtendedEmbedding(nn.Module):
     no weight decay on them, and no optimizer state for the vocabulary.
     """
 
-    def __init__(self, table: nn.Embedding, new: Tensor, word: str):
+    def __init__(self, table: nn.Embedding, new: Tensor, word: str, first: int):
         super().__init__()
         self.word = word
+        self.first = first  # the id of the first new row: V, or less where the table is padded
         self.table = table  # (V, D), frozen
         self.new = nn.Parameter(new)  # (K, D)
 
     @property
     def weight(self) -> Tensor:
-        """(V + K, D)."""
-        return torch.cat([self.table.weight, self.new.to(self.table.weight)])
+        """(first + K, D)."""
+        return torch.cat([self.table.weight[: self.first], self.new.to(self.table.weight)])
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Ids (B, L), the new ones being V..V+K-1, to embeddings (B, L, D)."""
-        size = len(self.table.weight)
-        old = self.table(ids.clamp(max=size - 1))
-        new = F.embedding((ids - size).clamp(min=0), self.new).to(old)
-        return torch.where((ids >= size).unsqueeze(-1), new, old)
+        """Ids (B, L), the new ones being first..first+K-1, to embeddings (B, L, D)."""
+        old = self.table(ids.clamp(max=self.first - 1))
+        new = F.embedding((ids - self.first).clamp(min=0), self.new).to(old)
+        return torch.where((ids >= self.first).unsqueeze(-1), new, old)
 
     def median_norm(self) -> Tensor:
         """Length of a typical word's vector."""
-        return self.table.weight.float().norm(dim=1).median()
+        return self.table.weight[: self.first].float().norm(dim=1).median()
 
 
 def extend(family: Family, placeholder: str, num_vectors: int, init: str) -> dict[str, ExtendedEmbedding]:
     """Add the placeholder to every text encoder and its tokenizer; the tables by encoder."""
-    return {
-        encoder: _extend(
-            getattr(family.pipeline, encoder), getattr(family.pipeline, name), placeholder, num_vectors, init
-        )
-        for encoder, name in family.text_encoders.items()
-    }
+    return {encoder: _extend(family, encoder, placeholder, num_vectors, init) for encoder in family.text_encoders}
 
 
-def _extend(encoder: Any, tokenizer: Any, placeholder: str, num_vectors: int, init: str) -> ExtendedEmbedding:
+def _extend(family: Family, name: str, placeholder: str, num_vectors: int, init: str) -> ExtendedEmbedding:
+    encoder, tokenizer = (getattr(family.pipeline, part) for part in (name, family.text_encoders[name]))
     table = encoder.get_input_embeddings()
-    start = _starting_vectors(table, tokenizer, init)
-    words = [placeholder, *(f"{placeholder}_{i}" for i in range(1, num_vectors))]
-    taken = [word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) == 1]
-    if taken or tokenizer.add_tokens(words) != num_vectors or len(tokenizer) != len(table.weight) + num_vectors:
-        raise UserError(
-            f"placeholder: {(taken or words)[0]!r} is already a word of {type(tokenizer).__name__}. "
-            "Choose one that nobody writes, such as '<my-concept>'."
-        )
-    extended = ExtendedEmbedding(table, _spread(start, num_vectors), placeholder)
+    start = (
+        _read_vectors(table, Path(init), family.word_keys[name])
+        if init.endswith(".safetensors")
+        else _vectors_of_words(table, tokenizer, init)
+    )
+    first = register(tokenizer, placeholder, num_vectors)
+    extended = ExtendedEmbedding(table, _spread(start, num_vectors), placeholder, first)
     encoder.set_input_embeddings(extended.to(table.weight.device))
     return extended
 
 
-def _starting_vectors(table: nn.Embedding, tokenizer: Any, init: str) -> Tensor:
-    """The words of `init`, or the vectors of an embedding file: (n, D), float32."""
-    if init.endswith(".safetensors"):
-        from safetensors.torch import load_file
+def _read_vectors(table: nn.Embedding, file: Path, key: str) -> Tensor:
+    """An embedding file's vectors for one encoder: (n, D), float32."""
+    from safetensors.torch import load_file
 
-        if not Path(init).is_file():
-            raise UserError(f"method.init: {init} does not exist")
-        vectors = list(load_file(init).values())
-        if len(vectors) != 1 or vectors[0].shape[-1:] != table.weight.shape[-1:]:
-            raise UserError(f"method.init: {init} holds no embedding of width {table.weight.shape[-1]}")
-        return vectors[0].float().reshape(-1, table.weight.shape[-1])
+    if not file.is_file():
+        raise UserError(f"method.init: {file} does not exist")
+    found = load_file(file)
+    vectors = found.get(key, next(iter(found.values())) if len(found) == 1 else None)
+    if vectors is None or vectors.shape[-1:] != table.weight.shape[-1:]:
+        raise UserError(f"method.init: {file} holds no embedding of width {table.weight.shape[-1]} for {key}")
+    return vectors.float().reshape(-1, table.weight.shape[-1])
+
+
+def _vectors_of_words(table: nn.Embedding, tokenizer: Any, init: str) -> Tensor:
+    """The words' own vectors: (n, D), float32."""
     ids = tokenizer(init, add_special_tokens=False).input_ids
     if not ids:
         raise UserError("method.init: name at least one word, such as the concept's class")

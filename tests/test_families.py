@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from finetune.batch import Encoder
 from finetune.dataset import DatasetConfig, Pictures, scan
 from finetune.errors import UserError
 from finetune.families.base import Source, families
+from finetune.families.flux import pack, unpack
+from finetune.objectives import Diffusion
 from finetune.vocabulary import extend
 
 BASES = [(family, variant) for family, variants in tiny.BASES.items() for variant in variants]
@@ -26,6 +29,17 @@ def family(request: Any, base_folder: Any) -> Any:
     return families[name].load(Source(str(base_folder(name, variant))), min_snr_gamma=None, zero_terminal_snr=False)
 
 
+def encode_as_pipeline(pipeline: Any, captions: list[str]) -> tuple[Any, Any]:
+    """Embeddings and pooled embeddings, from what each pipeline's own `encode_prompt` returns."""
+    asked = inspect.signature(pipeline.encode_prompt).parameters
+    given = {name: None for name in ("prompt_2", "prompt_3") if name in asked}
+    given |= {"num_images_per_prompt": 1} if "num_images_per_prompt" in asked else {}
+    given |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in asked else {}
+    embeds, *others = pipeline.encode_prompt(prompt=list(captions), device="cpu", **given)
+    pooled = [other for other in others if isinstance(other, torch.Tensor) and other.shape[:1] == (len(captions),)]
+    return embeds, pooled[0] if pooled and not isinstance(embeds, list) else None
+
+
 every_family = pytest.mark.parametrize("family", BASES, ids="-".join, indirect=True)
 
 
@@ -33,8 +47,16 @@ every_family = pytest.mark.parametrize("family", BASES, ids="-".join, indirect=T
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(family: Any):
     captions = ["a thing", "another, much longer, caption of a thing " * 9]
     with torch.no_grad():
-        expected, _ = family.pipeline.encode_prompt(captions, "cpu", 1, False)
-        torch.testing.assert_close(family.encode_prompt(family.tokenize(captions)).embeds, expected)
+        said = family.encode_prompt(family.tokenize(captions))
+        embeds, pooled = encode_as_pipeline(family.pipeline, captions)
+    if said.mask is None:
+        torch.testing.assert_close(said.embeds, embeds)
+    else:
+        for mine, mask, theirs in zip(said.embeds, said.mask, embeds, strict=True):
+            torch.testing.assert_close(mine[mask], theirs)
+    assert (said.pooled is None) == (pooled is None)
+    if pooled is not None:
+        torch.testing.assert_close(said.pooled, pooled)
 
 
 @every_family
@@ -43,7 +65,8 @@ def test_latents_decode_to_the_picture_as_the_pipeline_decodes_them(family: Any)
     vae, posterior = family.pipeline.vae, family.encode_image(pixels)
     with torch.no_grad():
         expected = vae.encode(pixels).latent_dist
-    torch.testing.assert_close(posterior.mean / vae.config.scaling_factor, expected.mean)
+    shift = vae.config.shift_factor or 0.0
+    torch.testing.assert_close(posterior.mean / vae.config.scaling_factor + shift, expected.mean)
     torch.testing.assert_close(posterior.std / vae.config.scaling_factor, expected.std)
 
 
@@ -55,11 +78,11 @@ def test_everything_is_frozen_until_a_method_is_attached(family: Any):
 @every_family
 def test_a_word_of_several_vectors_is_spelled_out_in_the_prompt(family: Any):
     tables = extend(family, "<it>", 3, "thing")
-    size = len(next(iter(tables.values())).table.weight)
-    for ids in family.tokenize(["a <it> thing"]).values():
-        found = ids[0].tolist()
-        place = found.index(size)
-        assert found[place : place + 3] == [size, size + 1, size + 2]
+    tokens = family.tokenize(["a <it> thing"])
+    for name, table in tables.items():
+        found, first = tokens[name][0].tolist(), table.first
+        # Sentence pieces and padding may stand between words, never within one.
+        assert [token for token in found if token >= first] == [first, first + 1, first + 2]
 
 
 @every_family
@@ -69,6 +92,72 @@ def test_a_word_that_exists_already_is_refused(family: Any):
     extend(family, "<it>", 1, "a")
     with pytest.raises(UserError, match="already a word"):
         extend(family, "<it>", 1, "a")
+
+
+@every_family
+def test_a_step_of_the_sampler_is_the_family_s_own_prediction(family: Any):
+    """The pipeline, asked for one step from known noise, ends where the family's prediction leads."""
+    pipeline, prompt = family.pipeline, ["a thing"]
+    noise = torch.randn(1, *family.encode_image(torch.zeros(1, 3, tiny.SIZE, tiny.SIZE)).mean.shape[1:])
+    seen: dict[str, Any] = {}
+
+    def watch(module: Any, inputs: Any, keywords: Any, output: Any) -> None:
+        seen["said"] = output[0]
+
+    given = pack(noise) if family.pipeline_class == "FluxPipeline" else noise
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0 if "Flux" in family.pipeline_class else 0.0}
+    hook = family.denoiser.register_forward_hook(watch, with_kwargs=True)
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        pipeline(prompt, height=tiny.SIZE, width=tiny.SIZE, latents=given, output_type="latent", **settings)
+        hook.remove()
+        level = pipeline.scheduler.timesteps[:1].float()
+        time = level.long() if isinstance(family.objective, Diffusion) else level / 1000
+        geometry = torch.tensor([[tiny.SIZE, tiny.SIZE, 0, 0, tiny.SIZE, tiny.SIZE]], dtype=torch.float32)
+        mine = family.denoise(noise, time, family.encode_prompt(family.tokenize(prompt)), geometry)
+    theirs = seen["said"]
+    if isinstance(theirs, list):
+        theirs = -torch.stack(theirs).squeeze(2)
+    if theirs.ndim == 3:
+        theirs = unpack(theirs, *noise.shape[-2:])
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_stable_diffusion_3_without_t5_is_conditioned_as_its_pipeline_does_it(base_folder: Any):
+    source = Source(str(base_folder("stable_diffusion_3")))
+    loaded = families["stable_diffusion_3"].load(source, min_snr_gamma=None, zero_terminal_snr=False)
+    loaded.pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    with torch.no_grad():
+        embeds, pooled = encode_as_pipeline(loaded.pipeline, ["a thing"])
+        said = loaded.encode_prompt(loaded.tokenize(["a thing"]))
+    torch.testing.assert_close(said.embeds, embeds)
+    torch.testing.assert_close(said.pooled, pooled)
+
+
+def test_clip_pools_at_the_end_of_the_caption_though_an_old_config_says_otherwise(base_folder: Any, tmp_path: Path):
+    pipeline = tiny.stable_diffusion_xl()
+    pipeline.text_encoder_2.config.eos_token_id = 2
+    pipeline.save_pretrained(tmp_path)
+    pooled = []
+    for path in (base_folder("stable_diffusion_xl"), tmp_path):
+        loaded = families["stable_diffusion_xl"].load(Source(str(path)), min_snr_gamma=None, zero_terminal_snr=False)
+        extend(loaded, "<it>", 1, "thing")
+        with torch.no_grad():
+            pooled.append(loaded.encode_prompt(loaded.tokenize(["a <it> thing"])).pooled)
+    torch.testing.assert_close(*pooled)
+
+
+@pytest.mark.parametrize("setting", ["min_snr_gamma", "zero_terminal_snr"])
+def test_what_is_for_diffusion_alone_is_refused_for_flow_matching(base_folder: Any, setting: str):
+    given = {"min_snr_gamma": None, "zero_terminal_snr": False, setting: 5.0}
+    with pytest.raises(UserError, match=setting):
+        families["flux"].load(Source(str(base_folder("flux"))), **given)
+
+
+def test_a_text_encoder_whose_lora_no_pipeline_loads_is_refused(base_folder: Any, tmp_path: Path):
+    way = {"rank": 4, "text_encoder": True}
+    with pytest.raises(UserError, match="text_encoder: ZImagePipeline loads no LoRA"):
+        run.prepare(lessons.recipe(base_folder("z_image"), tmp_path, "lora", way))
 
 
 def test_prediction_type_is_read_from_the_checkpoint(base_folder: Any):

@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.objectives import Diffusion
+from finetune.objectives import Diffusion, Flow
 from finetune.render import use_ddim
 
 # Stable Diffusion's schedule, as its checkpoints write it.
@@ -129,7 +129,7 @@ def test_the_best_predictor_of_gaussian_latents_reaches_the_oracles_error(predic
 def test_times_are_drawn_evenly_from_all_levels_and_from_the_generator_alone():
     ours, generator = objective(), torch.Generator().manual_seed(0)
     state = torch.get_rng_state()
-    times = torch.cat([ours.sample_time(generator) for _ in range(20_000)])
+    times = torch.cat([ours.sample_time(generator, torch.Size([1, 4, 8, 8])) for _ in range(20_000)])
     assert torch.equal(torch.get_rng_state(), state)
     assert (int(times.min()), int(times.max())) == (0, 999)
     assert float(times.float().mean()) == pytest.approx(499.5, abs=8)
@@ -180,3 +180,38 @@ def test_zero_terminal_snr_samples_from_the_last_level_on_the_schedule_that_was_
     assert float(ddim.alphas_cumprod[-1]) == 0
     expected = objective(zero_terminal_snr=True).alphas_cumprod
     torch.testing.assert_close(ddim.alphas_cumprod, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flow_times_are_shifted_as_stable_diffusion_3_is_sampled(seed: int):
+    shape = torch.Size([1, 16, 64, 64])
+    without, with_shift = (flow.sample_time(torch.Generator().manual_seed(seed), shape) for flow in (Flow(1), Flow(3)))
+    torch.testing.assert_close(with_shift, 3 * without / (1 + 2 * without))
+    torch.testing.assert_close(torch.logit(with_shift), torch.logit(without) + torch.log(torch.tensor(3.0)))
+
+
+@pytest.mark.parametrize(("pixels", "shift"), [(512, 1.87761), (1024, 3.15819)])
+def test_flow_shift_grows_with_the_number_of_patches_as_in_flux(pixels: int, shift: float):
+    flow = Flow.from_scheduler({"use_dynamic_shifting": True}, min_snr_gamma=None, zero_terminal_snr=False)
+    assert flow.shift_for(torch.Size([1, 16, pixels // 8, pixels // 8])) == pytest.approx(shift, rel=1e-5)
+
+
+def test_flow_ends_in_the_picture_and_in_noise_and_its_target_is_the_way_between():
+    clean, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    flow = Flow()
+    assert torch.equal(flow.add_noise(clean, noise, torch.zeros(2)), clean)
+    assert torch.equal(flow.add_noise(clean, noise, torch.ones(2)), noise)
+    level = torch.tensor([0.3, 0.8])
+    noised = flow.add_noise(clean, noise, level)
+    torch.testing.assert_close(noised - level.view(-1, 1, 1, 1) * flow.target(clean, noise, level), clean)
+
+
+@pytest.mark.parametrize("level", [0.1, 0.5, 0.9])
+def test_the_best_flow_prediction_on_gaussian_data_errs_by_the_known_amount(level: float):
+    """x_0, e ~ N(0, 1): the best guess of e - x_0 given x_t is linear, and errs by 1 / ((1 - t)^2 + t^2)."""
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(4, 4, 128, 128, generator=generator) for _ in range(2))
+    time, flow = torch.full((4,), level), Flow()
+    noised, spread = flow.add_noise(clean, noise, time), (1 - level) ** 2 + level**2
+    error = (flow.target(clean, noise, time) - (2 * level - 1) / spread * noised).square().mean()
+    assert float(error) == pytest.approx(1 / spread, rel=0.01)

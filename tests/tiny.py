@@ -9,9 +9,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tokenizers import Tokenizer, models
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 SIZE = 32  # pixels; latents are half of it on a side
 
@@ -22,7 +47,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
 
 
-def clip_text_model(vocabulary: int) -> CLIPTextModel:
+def clip_text_model(vocabulary: int, projection: bool = False) -> Any:
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=32,
@@ -34,34 +59,33 @@ def clip_text_model(vocabulary: int) -> CLIPTextModel:
         eos_token_id=1,
         pad_token_id=1,
     )
-    return CLIPTextModel(config)
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
-def vae() -> AutoencoderKL:
+def t5_tokenizer() -> T5Tokenizer:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in string.ascii_lowercase)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def t5(vocabulary: int) -> T5EncoderModel:
+    """Its table is padded beyond the tokenizer's words, as the real one is."""
+    return T5EncoderModel(T5Config(vocab_size=vocabulary + 5, d_model=64, d_kv=8, d_ff=37, num_layers=1, num_heads=4))
+
+
+def vae(latent_channels: int = 4, shift: float | None = None) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=SIZE,
+        shift_factor=shift,
     )
 
 
-def stable_diffusion(prediction: str = "epsilon") -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    tokenizer = clip_tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // 2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    )
-    scheduler = DDIMScheduler(
+def ddim(prediction: str = "epsilon") -> DDIMScheduler:
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -70,15 +94,143 @@ def stable_diffusion(prediction: str = "epsilon") -> StableDiffusionPipeline:
         steps_offset=1,
         prediction_type=prediction,
     )
+
+
+def unet(cross_attention_dim: int, **settings: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=cross_attention_dim,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        **settings,
+    )
+
+
+def stable_diffusion(prediction: str = "epsilon") -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
     return StableDiffusionPipeline(
         vae=vae(),
         text_encoder=clip_text_model(len(tokenizer)),
         tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
+        unet=unet(32),
+        scheduler=ddim(prediction),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl() -> StableDiffusionXLPipeline:
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    conditions = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    return StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=clip_text_model(len(tokenizer)),
+        text_encoder_2=clip_text_model(len(tokenizer), projection=True),
+        tokenizer=tokenizer,
+        tokenizer_2=clip_tokenizer(),
+        unet=unet(64, projection_class_embeddings_input_dim=6 * 8 + 32, **conditions),
+        scheduler=ddim(),
+        add_watermarker=False,
+    )
+
+
+def stable_diffusion_3() -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=SIZE // 2,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=16,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(16, 0.06),
+        text_encoder=clip_text_model(len(tokenizer), projection=True),
+        tokenizer=tokenizer,
+        text_encoder_2=clip_text_model(len(tokenizer), projection=True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(len(tokenizer_3)),
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def flux(guidance: bool = True) -> FluxPipeline:
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance,
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae(4, 0.06),
+        text_encoder=clip_text_model(len(tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_2=t5(len(tokenizer_2)),
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+    )
+
+
+def z_image() -> ZImagePipeline:
+    torch.manual_seed(0)
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", *string.printable])}
+    model = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    config = Qwen3Config(
+        vocab_size=len(vocabulary) + 5,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[600, 32, 32],
+    )
+    with torch.no_grad():
+        for pad in (transformer.x_pad_token, transformer.cap_pad_token):
+            pad.normal_()
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(4, 0.06),
+        text_encoder=Qwen3Model(config),
+        tokenizer=tokenizer,
+        transformer=transformer,
     )
 
 
@@ -88,6 +240,10 @@ BASES: dict[str, dict[str, Callable[[], Any]]] = {
         "epsilon": stable_diffusion,
         "v_prediction": lambda: stable_diffusion("v_prediction"),
     },
+    "stable_diffusion_xl": {"sdxl": stable_diffusion_xl},
+    "stable_diffusion_3": {"sd3": stable_diffusion_3},
+    "flux": {"dev": flux, "schnell": lambda: flux(guidance=False)},
+    "z_image": {"base": z_image},
 }
 
 

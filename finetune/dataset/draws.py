@@ -32,6 +32,8 @@ class Draw:
     path: str
     sha256: str
     caption: str
+    width: int  # of the picture
+    height: int
     crop: Crop
     background: str
     seed: int  # of the sample's latents, noise and time
@@ -40,6 +42,14 @@ class Draw:
     def key(self) -> tuple[str, Crop, str]:
         """What its latents depend on, beside the encoder."""
         return self.sha256, self.crop, self.background
+
+    @property
+    def geometry(self) -> tuple[int, int, int, int, int, int]:
+        """The picture's own h, w; the crop's top, left after scaling; h, w of what is trained: pixels."""
+        size, left = self.crop.size, self.crop.left
+        if self.crop.flip:
+            left = scaled_size(self.width, self.height, size)[0] - size - left
+        return self.height, self.width, self.crop.top, left, size, size
 
     def pixels(self) -> np.ndarray:
         """(3, R, R) float32 in [-1, 1], R the resolution."""
@@ -78,6 +88,8 @@ class Pictures:
             path=row["path"],
             sha256=row["sha256"],
             caption=template.replace("{}", self.placeholder),
+            width=row["width"],
+            height=row["height"],
             crop=self._crop(row["width"], row["height"], random),
             background=self.config.background,
             seed=int(random.integers(2**63)),

@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from finetune.objectives import Diffusion
+from finetune.errors import UserError
+from finetune.objectives import Diffusion, Flow, Objective
+from finetune.placeholder import pool_at_the_end, spell
 from finetune.registry import Registry
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 Tokens = Mapping[str, Tensor]  # text encoder -> (B, L) ids
+CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,19 @@ class Prompt:
     """Captions as the denoiser takes them."""
 
     embeds: Tensor  # (B, L, D)
+    pooled: Tensor | None = None  # (B, P), where the denoiser also takes the caption as one vector
+    mask: Tensor | None = None  # (B, L), true where embeds count, where not all of them do
+
+    @classmethod
+    def join(cls, prompts: Sequence[Prompt]) -> Prompt:
+        """One batch after the other."""
+        columns: Any = {part.name: [getattr(prompt, part.name) for prompt in prompts] for part in fields(cls)}
+        return cls(**{name: torch.cat(column) for name, column in columns.items() if column[0] is not None})
+
+    def last(self, count: int) -> Prompt:
+        """The last captions alone."""
+        parts: Any = {part.name: getattr(self, part.name) for part in fields(self)}
+        return Prompt(**{name: part[-count:] for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True)
@@ -44,45 +60,87 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base comes from: a folder in diffusers' layout, or a model of the Hub."""
+    """Where a base comes from: a folder in diffusers' layout, a model of the Hub, or a single-file checkpoint."""
 
     path: str
     revision: str | None = None
     dtype: torch.dtype = torch.float32
+    config: str | None = None  # of a single file: the folder or model of the Hub whose configs and tokenizers it uses
+
+    @property
+    def is_single_file(self) -> bool:
+        return self.path.endswith(".safetensors")
 
 
 class Family(ABC):
     """A frozen text-to-image model behind one interface. One subclass for each architecture."""
 
-    pipeline_classes: ClassVar[tuple[str, ...]]  # as named in a checkpoint's model_index.json
+    pipeline_class: ClassVar[str]  # of diffusers, and as named in a checkpoint's model_index.json
+    single_files: ClassVar[tuple[str, ...]]  # what diffusers calls its single-file checkpoints
+    without: ClassVar[Mapping[str, Any]] = {}  # parts that are not loaded
+    objective_class: ClassVar[type[Diffusion | Flow]]
     denoiser_name: ClassVar[str]  # attribute of the pipeline: "unet" or "transformer"
-    text_encoders: ClassVar[Mapping[str, str]]  # attribute of the pipeline -> its tokenizer's
+    tokenizers: ClassVar[Mapping[str, str]]  # text encoder, as an attribute of the pipeline -> its tokenizer
+    prompt_lengths: ClassVar[Mapping[str, int]] = {}  # text encoder -> L, where it is not the tokenizer's own
+    word_keys: ClassVar[Mapping[str, str]]  # text encoder -> its key in a file of several encoders' vectors
     attention: ClassVar[tuple[str, ...]]  # suffixes of the attention projections
     feed_forward: ClassVar[tuple[str, ...]]  # suffixes of the feed-forward layers
-    text_attention: ClassVar[tuple[str, ...]]  # suffixes of the text encoders' attention projections
+    text_lora: ClassVar[tuple[str, ...]]  # text encoders for which the pipeline loads a LoRA
+    text_attention: ClassVar[tuple[str, ...]] = CLIP_ATTENTION  # suffixes of their attention projections
+    size_multiple: ClassVar[int] = 1  # of the latents' height and width
+    vae_overflows: ClassVar[bool] = False  # in float16
 
-    def __init__(self, pipeline: DiffusionPipeline, objective: Diffusion, source: Source):
+    def __init__(self, pipeline: DiffusionPipeline, objective: Objective, source: Source):
         self.pipeline = pipeline
         self.objective = objective
         self.source = source
         for part in self.parts():
             part.requires_grad_(False).eval()
+        pool_at_the_end(pipeline)
 
     @classmethod
-    @abstractmethod
     def load(cls, source: Source, *, min_snr_gamma: float | None, zero_terminal_snr: bool) -> Family:
         """Read a checkpoint, and its objective from the scheduler's config."""
+        import diffusers
+
+        kind: Any = getattr(diffusers, cls.pipeline_class)
+        if source.is_single_file:
+            pipeline = kind.from_single_file(source.path, config=source.config, dtype=source.dtype, **cls.without)
+        else:
+            pipeline = kind.from_pretrained(
+                source.path, revision=source.revision, dtype=source.dtype, use_safetensors=True, **cls.without
+            )
+        objective = cls.objective_class.from_scheduler(
+            pipeline.scheduler.config, min_snr_gamma=min_snr_gamma, zero_terminal_snr=zero_terminal_snr
+        )
+        if zero_terminal_snr and isinstance(objective, Diffusion) and objective.prediction == "epsilon":
+            raise UserError("train.zero_terminal_snr: at pure noise epsilon says nothing; this base must predict v")
+        return cls(pipeline, objective, source)
 
     @abstractmethod
     def encode_prompt(self, tokens: Tokens) -> Prompt:
         """Differentiable in the text encoders' weights."""
 
     @abstractmethod
-    def denoise(self, noised: Tensor, time: Tensor, prompt: Prompt) -> Tensor:
-        """Predict the objective's target: noised (B, C, H, W), time (B,) in the objective's unit."""
+    def denoise(self, noised: Tensor, time: Tensor, prompt: Prompt, geometry: Tensor) -> Tensor:
+        """Predict the objective's target.
+
+        Args:
+            noised: (B, C, H, W), latents at `time`.
+            time: (B,), in the objective's unit.
+            geometry: (B, 6), pixels: the picture's own h, w; the crop's top, left; h, w that are trained.
+
+        Returns:
+            (B, C, H, W)
+        """
 
     @property
-    def denoiser(self) -> nn.Module:
+    def text_encoders(self) -> dict[str, str]:
+        """Text encoder -> tokenizer, of those that the checkpoint has."""
+        return {encoder: tokenizer for encoder, tokenizer in self.tokenizers.items() if getattr(self.pipeline, encoder)}
+
+    @property
+    def denoiser(self) -> Any:
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
@@ -104,40 +162,50 @@ class Family(ABC):
     def encode_image(self, pixels: Tensor) -> Posterior:
         """Pixels (B, 3, h, w) in [-1, 1] to the scaled posterior of their latents."""
         vae = self.pipeline.vae
+        kept = vae.dtype
+        if self.vae_overflows and kept == torch.float16:
+            vae.to(torch.float32)
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        vae.to(kept)
         shift, scale = vae.config.get("shift_factor") or 0.0, vae.config["scaling_factor"]
         return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
 
     def too_long(self, captions: Sequence[str]) -> list[str]:
         """Those whose end `tokenize` cuts off."""
-        tokenizers = [getattr(self.pipeline, name) for name in self.text_encoders.values()]
+        tokenizers = {encoder: getattr(self.pipeline, name) for encoder, name in self.text_encoders.items()}
         return [
             caption
             for caption in captions
             if any(
-                len(tokenizer(self._spell(caption, tokenizer)).input_ids) > tokenizer.model_max_length
-                for tokenizer in tokenizers
+                len(tokenizer(self._write(caption, tokenizer)).input_ids) > self._length(encoder, tokenizer)
+                for encoder, tokenizer in tokenizers.items()
             )
         ]
 
-    def _spell(self, caption: str, tokenizer: Any) -> str:
-        """The caption with each word of several vectors written out, as the pipelines do."""
-        return self.pipeline.maybe_convert_prompt(caption, tokenizer)
-
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Captions to ids, padded and cut at the encoder's length."""
-        tokens = {}
+        """Captions to ids, padded and cut at each encoder's length: encoder -> (B, L)."""
+        return {encoder: encoded.input_ids for encoder, encoded in self._tokenized(captions)}
+
+    def _tokenized(self, captions: Sequence[str]) -> Iterator[tuple[str, Any]]:
         for encoder, name in self.text_encoders.items():
             tokenizer = getattr(self.pipeline, name)
-            encoded = tokenizer(
-                [self._spell(caption, tokenizer) for caption in captions],
-                padding="max_length",
-                truncation=True,
-                max_length=tokenizer.model_max_length,
-                return_tensors="pt",
+            yield (
+                encoder,
+                tokenizer(
+                    [self._write(caption, tokenizer) for caption in captions],
+                    padding="max_length",
+                    truncation=True,
+                    max_length=self._length(encoder, tokenizer),
+                    return_tensors="pt",
+                ),
             )
-            tokens[encoder] = encoded.input_ids
-        return tokens
+
+    def _length(self, encoder: str, tokenizer: Any) -> int:
+        return self.prompt_lengths.get(encoder, tokenizer.model_max_length)
+
+    def _write(self, caption: str, tokenizer: Any) -> str:
+        """The caption as the tokenizer is to read it."""
+        return spell(caption, tokenizer)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -156,7 +224,8 @@ class Family(ABC):
     def fingerprint(self) -> str:
         """Short hash that tells bases apart: the weights' headers and evenly spaced samples of their bytes."""
         digest = hashlib.sha256(json.dumps(type(self).__name__).encode())
-        for file in sorted(snapshot(self.source).rglob("*.safetensors")):
+        root = snapshot(self.source)
+        for file in [root] if root.is_file() else sorted(root.rglob("*.safetensors")):
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 size = stream.seek(0, 2)
@@ -167,12 +236,52 @@ class Family(ABC):
 
 
 def snapshot(source: Source) -> Path:
-    """The local folder of a base; one from the Hub is already in its cache once it was loaded."""
-    if Path(source.path).is_dir():
+    """The local folder or file of a base; one from the Hub is already in its cache once it was loaded."""
+    if Path(source.path).exists():
         return Path(source.path)
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
+
+
+def detect(source: Source) -> str:
+    """The family that a checkpoint belongs to, or what it is instead.
+
+    Raises:
+        UserError: there is none at the source.
+    """
+    kind = _single_file_kind(source) if source.is_single_file else _pipeline_class(source)
+    for name in families.names():
+        if kind == families[name].pipeline_class or kind in families[name].single_files:
+            return name
+    return kind
+
+
+def _pipeline_class(source: Source) -> str:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    try:
+        config: Any = DiffusionPipeline.load_config(source.path, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"base.source: {source.path} is no folder in diffusers' layout and cannot be had from the Hub "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    return config["_class_name"]
+
+
+def _single_file_kind(source: Source) -> str:
+    """What diffusers takes the file for, judged by its tensors' names and shapes alone."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(source.path, framework="pt") as file:
+            names = list(file.keys())
+            shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"base.source: {source.path} is no safetensors file ({error})") from None
+    return infer_diffusers_model_type(shapes)
 
 
 families: Registry[Family] = Registry("model family", "finetune.families")

@@ -74,7 +74,7 @@ class DreamBooth(LoRA):
         from finetune.student import Group, Student
 
         rates = {family.denoiser_name: learning_rate}
-        for name in family.text_encoders if self.text_encoder else ():
+        for name in self.trained_text_encoders(family):
             rates[name] = self.text_encoder_learning_rate or learning_rate
         parts = {name: getattr(family.pipeline, name) for name in rates}
         base = {name: _copy(part) for name, part in parts.items()}

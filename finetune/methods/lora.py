@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from finetune.config import Fraction, PositiveFloat, PositiveInt, Strings
+from finetune.errors import UserError
 from finetune.methods.base import Method, methods
 
 if TYPE_CHECKING:
@@ -68,10 +69,26 @@ class LoRA(Method):
         settings = self._settings()
         unet = inject(family.denoiser, self._layers(family), settings)
         groups = [Group(family.denoiser_name, unet, learning_rate)]
-        for name in family.text_encoders if self.text_encoder else ():
+        for name in self.trained_text_encoders(family):
             parameters = inject(getattr(family.pipeline, name), family.text_attention, settings)
             groups.append(Group(name, parameters, self.text_encoder_learning_rate or learning_rate))
         return groups
+
+    def trained_text_encoders(self, family: Family) -> list[str]:
+        """The text encoders that are asked for.
+
+        Raises:
+            UserError: the family's pipeline could not load what would be trained.
+        """
+        if not self.text_encoder:
+            return []
+        loadable = [name for name in family.text_encoders if name in family.text_lora]
+        if not loadable:
+            raise UserError(
+                f"method.text_encoder: {family.pipeline_class} loads no LoRA into its text encoder, so what is "
+                "learnt there could not be used. Set it to false."
+            )
+        return loadable
 
     def export(self, student: Student, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:
         from finetune.export import save_lora
