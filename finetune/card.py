@@ -1,4 +1,4 @@
-"""The model card beside an export: what it is, its trigger, how to load it, how it was made."""
+"""The model card beside an export: what it is, its trigger, how to load it, how it was made, what it draws."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.export import LORA_FILE, WORDS_FILE, Verdict
+from finetune.load import read_header
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
 
-LOADERS = {
-    LORA_FILE: 'pipeline.load_lora_weights(folder, weight_name="{file}")',
-    WORDS_FILE: 'pipeline.load_textual_inversion(folder, weight_name="{file}")',
-}
+PICTURES = "<Gallery />\n\n![what taught it, before and after](grid.png)\n\n"
 TEXT = """# {name}
 
-{grid}Taught with {method} on {num_pictures} pictures, {steps} steps. Write **`{trigger}`** in a prompt to get it.
+{pictures}Taught with {method} on {num_pictures} pictures, {steps} steps. Write **`{trigger}`** in a prompt to get it.
 
 ```python
 import torch
@@ -58,17 +56,17 @@ def write_card(
         pipeline_tag="text-to-image",
         instance_prompt=recipe.placeholder,
         tags=["text-to-image", "diffusers", *_tags(files), recipe.method.name],
-        widget=[{"text": prompt, "output": {"url": "grid.png"}} for prompt in prompts[:1] if recipe.validation.prompts],
+        widget=widget(folder, [recipe.fill(prompt) for prompt in recipe.validation.prompts]),
     )
     text = TEXT.format(
         name=recipe.name,
-        grid="![sample grid](grid.png)\n\n" if recipe.validation.prompts else "",
+        pictures=PICTURES if recipe.validation.prompts else "",
         method=recipe.method.name.replace("_", " "),
         num_pictures=num_pictures,
         steps=recipe.train.steps,
         trigger=recipe.placeholder,
         base=recipe.base.source,
-        loaders="\n".join(LOADERS[file.name].format(file=file.name) for file in files),
+        loaders="\n".join(map(_loader, files)),
         prompt=prompts[0],
         files="\n".join(f"| `{file.name}` | {file.stat().st_size / 1000:,.1f} kB |" for file in files),
         fingerprint=fingerprint,
@@ -77,6 +75,32 @@ def write_card(
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
     return folder / "README.md"
+
+
+def gallery(folder: Path) -> list[Path]:
+    """The validation pictures of the last step, in the prompts' order."""
+    steps = sorted((folder / "samples").glob("step-*"))
+    return sorted(steps[-1].glob("*.png")) if steps else []
+
+
+def widget(folder: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """What the Hub shows: each prompt with the picture that the export made of it."""
+    pictures = gallery(folder)
+    if len(pictures) != len(prompts):  # of an interrupted run
+        return [{"text": prompt} for prompt in prompts]
+    return [
+        {"text": prompt, "output": {"url": path.relative_to(folder).as_posix()}}
+        for prompt, path in zip(prompts, pictures, strict=True)
+    ]
+
+
+def _loader(file: Path) -> str:
+    if file.name == LORA_FILE:
+        return f'pipeline.load_lora_weights(folder, weight_name="{file.name}")'
+    if len(read_header(file)[0]) == 1:
+        return f'pipeline.load_textual_inversion(folder, weight_name="{file.name}")'
+    # diffusers reads a file of one encoder's vectors alone.
+    return f'finetune.load.load_adapters(pipeline, ["{file.name}"])  # import finetune.load'
 
 
 def _tags(files: Sequence[Path]) -> list[str]:

@@ -23,6 +23,11 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="section.key=value", help="Settings that replace the recipe's.")
 ]
+AdapterFile = Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA or an embedding.")]
+OutputFile = Annotated[Path | None, typer.Option("--output", help="Default: beside the file.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an existing file.")]
+Rank = Annotated[int | None, typer.Option(min=1, help="The rank of every layer.")]
+Energy = Annotated[float | None, typer.Option(help="Or the share of each layer's squared update to keep, to 1.")]
 
 
 def main() -> None:
@@ -73,48 +78,72 @@ def train(
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="A LoRA, an embedding or a run's folder; `path=0.8` sets its weight."),
-    ] = None,
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts; for an edit, instructions.")],
+    adapter: Annotated[list[str] | None, typer.Option(help="A LoRA, embedding or run; `path=0.8` weighs it.")] = None,
     base: Annotated[str | None, typer.Option(help="The base; default: that of the first adapter.")] = None,
     revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
+    config: Annotated[str | None, typer.Option(help="Of a base in one file: where its configs are.")] = None,
+    task: Annotated[str | None, typer.Option(help="Default: the one that the inputs are for.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to change, edit or grow.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where the picture is painted anew.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of the picture is given up, to 1.")] = None,
+    extend: Annotated[str | None, typer.Option(help="Pixels to grow by: left=64,right=64.")] = None,
+    control: Annotated[list[Path] | None, typer.Option(help="Edges, a pose or depths, for a ControlNet.")] = None,
+    control_from: Annotated[list[Path] | None, typer.Option(help="A picture whose edges are followed.")] = None,
+    controlnet: Annotated[list[str] | None, typer.Option(help="A ControlNet; `name=0.5` sets its scale.")] = None,
+    editor: Annotated[str | None, typer.Option(help="An InstructPix2Pix model.")] = None,
+    image_guidance: Annotated[float | None, typer.Option(help="How closely an edit keeps to the picture.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Picture i has the seed `seed + i`.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 25,
-    guidance: Annotated[float, typer.Option(min=1.0)] = 7.5,
-    size: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the base's own.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 25,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="Default: the base's own.")] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels, 512 or 768x512; default: the base's own.")] = None,
     output: Annotated[Path, typer.Option(help="A folder, made if it does not exist.")] = Path("outputs/pictures"),
 ) -> None:
-    """Make pictures with any mix of adapters."""
+    """Make pictures with any mix of adapters: from prompts, pictures, masks, maps and instructions."""
+    from finetune.canvas import Margins, parse_size
     from finetune.generate import generate_files
     from finetune.load import Adapter
+    from finetune.tasks import Inputs
 
-    paths = generate_files(
-        [text for text in prompt for _ in range(count)],
-        [Adapter.parse(text) for text in adapter or []],
-        base=base,
-        revision=revision,
-        seed=seed,
-        steps=steps,
-        guidance=guidance,
-        size=size,
-        folder=output,
-    )
+    prompts = [text for text in prompt for _ in range(count)]
+    adapters = [Adapter.parse(text) for text in adapter or []]
+    grown, pixels = extend and Margins.parse(extend), size and parse_size(size)
+    maps, drawings, networks = tuple(control or ()), tuple(control_from or ()), tuple(controlnet or ())
+    inputs = Inputs(image, mask, strength, grown or None, maps, drawings, networks, editor, image_guidance)
+    source = {"base": base, "revision": revision, "config": config}
+    sampling = {"seed": seed, "steps": steps, "guidance": guidance, "size": pixels or None}
+    paths = generate_files(prompts, adapters, inputs, task=task, folder=output, **source, **sampling)
     print("\n".join(map(str, paths)))
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    target: Annotated[str, typer.Argument(help="A repository of the Hub, or a new folder such as ./to-share.")],
+    public: Annotated[bool, typer.Option(help="Let everybody see the repository.")] = False,
+    with_training_pictures: Annotated[bool, typer.Option(help="Also push grid.png, which shows them.")] = False,
+) -> None:
+    """Share a run: its adapters, card, recipe and last pictures, without local paths."""
+    from finetune import push
+
+    pushed = push.push(run, target, public=public, with_training_pictures=with_training_pictures)
+    print(*pushed.files, *(f"note: {note}" for note in pushed.notes), f"pushed to {pushed.where}", sep="\n")
 
 
 @app.command("list")
 def list_() -> None:
-    """Recipes, methods and families."""
+    """Recipes, methods, families, tasks and formats."""
     from finetune.methods.base import methods
     from finetune.recipe import RECIPES, known_families
+    from finetune.registry import headlines
 
     rows: dict[str, dict[str, str]] = {
         "recipes": {path.stem: _headline(path) for path in sorted(RECIPES.glob("*.yaml"))},
         "methods": {name: methods[name].summary for name in methods.names()},
         "families": known_families(),
+        "tasks": headlines("finetune.tasks"),
+        "formats": headlines("finetune.formats"),
     }
     for title, entries in rows.items():
         width = max(map(len, entries), default=0)
@@ -154,6 +183,86 @@ def bench(
     if output is not None:
         figures = {"machine": bench.machine(), "timings": [asdict(timing) for timing in timings]}
         output.write_text(json.dumps(figures, indent=2))
+
+
+@app.command()
+def convert(
+    file: AdapterFile,
+    to: Annotated[str, typer.Option(help="diffusers, kohya, embedding, embedding_a1111 or embedding_comfyui.")],
+    output: OutputFile = None,
+    architecture: Annotated[str | None, typer.Option(help="Default: found. sd1, sdxl, flux ...")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Also read .pt and .ckpt, which may be unsafe.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an adapter as another program reads it: ComfyUI, A1111, kohya, diffusers."""
+    from finetune.convert import convert
+
+    lines = convert(file, to, output=output, architecture=architecture, allow_pickle=allow_pickle, overwrite=overwrite)
+    print(*lines, sep="\n")
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]...", help="Files or runs' folders.")],
+    output: Annotated[Path, typer.Option(help="A file; with --base, a folder.")],
+    base: Annotated[str | None, typer.Option(help="Merge into this base, and write a full pipeline.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Keep the best of this rank. Default: all, exactly.")] = None,
+    to: Annotated[str, typer.Option(help="The file's format: diffusers or kohya.")] = "diffusers",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold adapters into one another, or into a base."""
+    from finetune.load import Adapter
+    from finetune.merge import merge, merge_into_base
+
+    given = [Adapter.parse(text) for text in adapters]
+    if base is not None and (rank is not None or to != "diffusers"):
+        raise UserError("--rank and --to are for a file, and --base writes a full pipeline. Leave them out.")
+    lines = (
+        merge(given, output, rank=rank, to=to, overwrite=overwrite)
+        if base is None
+        else merge_into_base(given, base, output, overwrite=overwrite)
+    )
+    print(*lines, sep="\n")
+
+
+@app.command()
+def resize(
+    file: AdapterFile, rank: Rank = None, energy: Energy = None, output: OutputFile = None, overwrite: Overwrite = False
+) -> None:
+    """Give a LoRA a lower rank, and say how much it keeps."""
+    from finetune.resize import resize
+
+    print(*resize(file, rank=rank, energy=energy, output=output, overwrite=overwrite), sep="\n")
+
+
+@app.command()
+def extract(
+    tuned: Annotated[Path, typer.Argument(help="A full checkpoint: a folder in diffusers' layout.")],
+    base: Annotated[Path, typer.Argument(help="What it was trained from.")],
+    output: Annotated[Path, typer.Option(help="The small file.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    to: Annotated[str, typer.Option(help="The file's format: diffusers or kohya.")] = "diffusers",
+    overwrite: Overwrite = False,
+) -> None:
+    """Take what was learnt out of a full checkpoint, as a LoRA."""
+    from finetune.extract import extract
+
+    print(*extract(tuned, base, output, rank=rank, energy=energy, to=to, overwrite=overwrite), sep="\n")
+
+
+@app.command()
+def inspect(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapters, checkpoints or folders.")],
+    json: Annotated[bool, typer.Option("--json", help="For programs: a list with an entry for each file.")] = False,
+) -> None:
+    """Say what a file is and how it is used."""
+    from json import dumps
+
+    from finetune.inspection import as_lines, inspect
+
+    found = [inspect(file) for file in files]
+    print(dumps(found, indent=2) if json else "\n\n".join("\n".join(as_lines(entry)) for entry in found))
 
 
 @app.command()

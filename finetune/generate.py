@@ -1,4 +1,4 @@
-"""The `generate` command: a base, any mix of adapters, and a picture file for each prompt."""
+"""Pictures with a base and any mix of adapters: from prompts, pictures, masks, maps and instructions."""
 
 from __future__ import annotations
 
@@ -7,47 +7,121 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from tqdm import tqdm
 
+from finetune.canvas import Frame, Size
 from finetune.errors import UserError
+from finetune.families.base import Source, detect, families
 from finetune.load import Adapter, load_adapters, read_header
 from finetune.quiet import quiet_loading
 from finetune.render import file_name, render, use_ddim
+from finetune.tasks.base import Inputs, Task, choose
+
+
+def generate(
+    base: Any | str | Path | None,
+    prompts: str | Sequence[str],
+    inputs: Inputs | None = None,
+    *,
+    adapters: Sequence[Adapter] = (),
+    task: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+    seed: int = 0,
+    steps: int = 25,
+    guidance: float | None = None,
+    size: Size | None = None,
+) -> list[Image.Image]:
+    """A picture for each prompt; picture i has the seed `seed + i`.
+
+    Args:
+        base: a folder, model of the Hub or file; or a pipeline with adapters in it; or that of the first adapter.
+        inputs: what the pictures are made from beside the prompts.
+        task: one of `finetune.tasks`; without it, the one that the inputs are for.
+        revision, config: of a base on the Hub; where the configs of a base in a single file are.
+        guidance: without it, the pipeline's own.
+        size: side of a square, or (width, height); a given picture is scaled to it by its short side, or cut to both.
+
+    Raises:
+        UserError: the inputs do not fit each other, the task or the base.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    chosen = choose(task, inputs or Inputs(), steps)
+    if base is None or isinstance(base, (str, Path)):
+        pipeline = _open(str(base or _base_of(adapters)), revision, config, adapters, chosen)
+    elif adapters:
+        raise UserError("--adapter: a pipeline comes with its own. Load them into it, or name its base instead.")
+    else:
+        pipeline = chosen.switch(base)
+    layout = chosen.lay_out(pipeline, Frame.of(pipeline, size))
+    images: list[Image.Image] = []
+    with tqdm(total=len(prompts), desc="pictures") as bar:
+        for start in range(0, len(prompts), chosen.batch_size):
+            batch = prompts[start : start + chosen.batch_size]
+            seeds = range(seed + start, seed + start + len(batch))
+            sampling: Any = {"steps": steps, "guidance": guidance, "size": layout.size}
+            images += render(pipeline, batch, seeds, pictures=layout.pictures, settings=layout.settings, **sampling)
+            bar.update(len(batch))
+    return [layout.finish(image) for image in images]
+
+
+def _base_of(adapters: Sequence[Adapter]) -> str:
+    headers = [read_header(file)[1] for adapter in adapters for file in adapter.files()]
+    for header in headers:
+        if "base" in header:
+            return header["base"]
+    raise UserError("--base: no adapter says which base it is for. Name one.")
+
+
+def _open(base: str, revision: str | None, config: str | None, adapters: Sequence[Adapter], task: Task) -> Any:
+    """The task's pipeline of a base, with adapters in it, on the fastest device."""
+    quiet_loading()
+    read = {file: read_header(file) for adapter in adapters for file in adapter.files()}
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    loaded = _load(Source(base, revision, dtype, config))
+    use_ddim(loaded, zero_terminal_snr=any(header.get("zero_terminal_snr") == "true" for _, header in read.values()))
+    pipeline = task.switch(loaded)
+    if hasattr(pipeline, "unet") and pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+        for file, (names, _) in read.items():
+            if any("conv_in" in name for name in names):
+                raise UserError(
+                    f"--adapter: {file} changes the first convolution, which takes other channels in {task.name}. "
+                    "Train it with method.targets that leave conv_in out."
+                )
+    return load_adapters(pipeline, adapters).to(device)
+
+
+def _load(source: Source) -> Any:
+    """A text-to-image pipeline of one of the families, or whatever other pipeline the checkpoint names."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    try:
+        name = detect(source)
+        if name in families.names():
+            return families[name].load(source, min_snr_gamma=None, zero_terminal_snr=False).pipeline
+        return DiffusionPipeline.from_pretrained(
+            source.path, revision=source.revision, dtype=source.dtype, use_safetensors=True
+        )
+    except UserError as error:
+        reason = str(error).removeprefix(f"base.source: {source.path} ")
+        raise UserError(f"--base: {source.path} cannot be loaded: it {reason}") from None
+    except Exception as error:  # a broken folder fails in as many ways as it has files
+        raise UserError(f"--base: {source.path} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def generate_files(
     prompts: Sequence[str],
     adapters: Sequence[Adapter],
+    inputs: Inputs | None = None,
     *,
     base: str | None,
-    revision: str | None,
-    seed: int,
-    steps: int,
-    guidance: float,
-    size: int | None,
     folder: Path,
+    seed: int = 0,
+    **settings: Any,
 ) -> list[Path]:
-    """Load a base with adapters, and write a PNG for each prompt; picture i has the seed `seed + i`."""
-    headers = [read_header(file)[1] for adapter in adapters for file in adapter.files()]
-    base = base or next((header["base"] for header in headers if "base" in header), None)
-    if size is not None and size % 8:
-        raise UserError(f"--size: {size} is not a multiple of 8. Try {size // 8 * 8 or 8}.")
-    if base is None:
-        raise UserError("--base: no adapter says which base it is for. Name one.")
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    quiet_loading()
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(base, revision=revision, dtype=dtype, use_safetensors=True)
-    except Exception as error:  # a broken folder fails in as many ways as it has files
-        raise UserError(f"--base: {base} cannot be loaded: {' '.join(str(error).split())}") from error
-    use_ddim(pipeline, zero_terminal_snr=any(header.get("zero_terminal_snr") == "true" for header in headers))
-    load_adapters(pipeline, adapters).to(device)
-    pixels = size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    with torch.no_grad():
-        images = render(
-            pipeline, prompts, range(seed, seed + len(prompts)), steps=steps, guidance=guidance, size=pixels
-        )
+    """What `generate` makes, as a PNG for each prompt."""
+    images = generate(base, prompts, inputs, adapters=adapters, seed=seed, **settings)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{seed + index:04d}-{file_name(prompt)}.png" for index, prompt in enumerate(prompts)]
     for path, image in zip(paths, images, strict=True):

@@ -1,12 +1,15 @@
-"""Prompts and seeds to pictures, with any text-to-image pipeline of diffusers."""
+"""Prompts and seeds to pictures, with any pipeline of diffusers that makes them."""
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from finetune.placeholder import spell
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,25 +34,49 @@ def render(
     seeds: Sequence[int],
     *,
     steps: int,
-    guidance: float,
-    size: int,
+    guidance: float | None,
+    size: int | tuple[int, int],
     batch_size: int = 4,
+    pictures: Mapping[str, Image.Image] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Image.Image]:
-    """One picture for each prompt and seed. A picture depends on its own seed alone, not on its neighbours."""
+    """One picture for each prompt and seed. A picture depends on its own seed alone, not on its neighbours.
+
+    Args:
+        guidance: without it, the pipeline's own.
+        size: of the square, or width and height, in pixels.
+        pictures: inputs of the pipeline, the same for each prompt.
+        settings: other arguments of the pipeline.
+    """
     pipeline.set_progress_bar_config(disable=True)
+    width, height = (size, size) if isinstance(size, int) else size
+    accepted = inspect.signature(pipeline.__call__).parameters
+    wanted = {"width": width, "height": height, "guidance_scale": guidance}
+    given = {name: value for name, value in wanted.items() if name in accepted and value is not None}
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         chunk = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[chunk]]
-        images += pipeline(
-            prompt=list(prompts[chunk]),
-            generator=generators,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=size,
-            width=size,
-        ).images
+        # Each prompt gets a copy, or its generator would not draw what it draws when alone.
+        inputs = {name: [picture] * len(generators) for name, picture in (pictures or {}).items()}
+        with torch.random.fork_rng([pipeline.device] if pipeline.device.type == "cuda" else []):
+            torch.manual_seed(seeds[start])  # for the pipelines that forget their generator
+            images += pipeline(
+                prompt=_spelt(pipeline, prompts[chunk]),
+                generator=generators,
+                num_inference_steps=steps,
+                **given,
+                **inputs,
+                **(settings or {}),
+            ).images
     return images
+
+
+def _spelt(pipeline: Any, prompts: Sequence[str]) -> list[str]:
+    """Words of several vectors written out, where the pipeline does not do it itself."""
+    if hasattr(pipeline, "maybe_convert_prompt"):
+        return list(prompts)
+    return [spell(prompt, pipeline.tokenizer) for prompt in prompts]
 
 
 def file_name(text: str) -> str:
