@@ -95,9 +95,54 @@ def test_no_schedule_outlives_its_time(build_path):
     assert 0 < schedule(0.0, 0) < 0.1
 
 
+def test_every_kind_of_edit_changes_the_picture_and_says_how(toys):
+    from composer import Composer
+    from edits import KINDS, draw_edits
+    from world import reserved
+
+    composer = Composer(*toys, size=64)
+    for kind in KINDS:
+        for edit in draw_edits(toys[1], 5, 4, kind=kind):
+            before, after = composer.draw([edit.source, edit.target])
+            assert (before - after).abs().max() > 0.05, (edit.instruction, edit.caption)
+            assert edit.instruction == edit.instruction.strip() and "{" not in edit.instruction + edit.caption
+            assert not reserved(edit.target.facts.thing, edit.target.backdrop)
+
+
+def test_a_difference_to_the_base_trains_like_the_weights_that_it_makes(build_path):
+    from lowrank import Difference
+
+    base = torch.nn.Linear(12, 10)
+    copy, started = torch.nn.Linear(12, 10), {name: w.clone() for name, w in base.state_dict().items()}
+    copy.load_state_dict(started)
+    difference, given = Difference(copy, started, rank=2), torch.randn(5, 12)
+    torch.nn.init.normal_(difference.up[0])
+    difference.write()
+    copy(given).square().sum().backward()
+    difference.pull()
+    up, down = (difference.up[0].detach().requires_grad_(), difference.down[0].detach().requires_grad_())
+    torch.nn.functional.linear(given, started["weight"] + up @ down, started["bias"]).square().sum().backward()
+    torch.testing.assert_close(difference.up[0].grad, up.grad)
+    torch.testing.assert_close(difference.down[0].grad, down.grad)
+    assert difference.whole["bias"].grad is not None and copy.weight.grad is None
+
+
+def test_training_through_the_export_rounding_leaves_the_weights_exact(build_path):
+    from lowrank import Rounded
+
+    module = torch.nn.Linear(6, 6)
+    exact, form = module.weight.detach().clone(), Rounded(module)
+    form.write()
+    assert torch.equal(module.weight, exact.to(torch.float8_e4m3fn).float()) and not torch.equal(module.weight, exact)
+    form.pull()
+    assert torch.equal(module.weight, exact)
+
+
 @pytest.mark.timeout(400)
-def test_the_whole_chain_makes_a_pipeline_that_diffusers_loads(tmp_path):
+def test_the_whole_chain_makes_a_pipeline_and_its_companions(tmp_path):
     from diffusers import StableDiffusionPipeline
+
+    from finetune.companions import companion
 
     command = [
         sys.executable,
@@ -118,3 +163,7 @@ def test_the_whole_chain_makes_a_pipeline_that_diffusers_loads(tmp_path):
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         assert {p.dtype for p in part.parameters()} == {torch.float32}
     assert pipeline("a cat", num_inference_steps=2).images[0].size == (64, 64)
+    for name, kind in {"controlnet": "ControlNetModel", "instruct_pix2pix": "UNet2DConditionModel"}.items():
+        model = companion(name, tmp_path / "base")
+        assert type(model).__name__ == kind and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.in_channels == 8

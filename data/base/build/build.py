@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import time
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from composer import Composer
 from gallery import Gallery, draw_specifications
+from launch import launch, set_up
 from models import new_autoencoder, new_clip, new_denoiser, text_encoder_of
 from PIL import Image
 from prompts import shared_prompts, world_prompts
@@ -50,7 +50,7 @@ def prepare(sprites: list[Sprite], settings: Settings) -> None:
         )
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     if not (folder / "specifications.npz").exists():
-        draw_specifications(sprites, settings, tokenizer, folder / "specifications.npz")
+        draw_specifications(sprites, settings.num_pictures, settings, tokenizer, folder / "specifications.npz")
 
 
 def save_grid(pictures: Tensor, columns: int, path: Path) -> None:
@@ -76,9 +76,7 @@ class Build:
     ) -> None:
         self.settings, self.team, self.tokenizer, self.sprites = settings, team, tokenizer, sprites
         self.composer = Composer(pictures, sprites, settings.picture_size, team.device)
-        torch.manual_seed(1 + team.rank)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
+        set_up(team)
 
     def ids(self, captions: list[str]) -> Tensor:
         return torch.as_tensor(encode(self.tokenizer, captions).astype(np.int64), device=self.team.device)
@@ -198,38 +196,19 @@ def work(pack: Path | None, settings: Settings, start: float) -> None:
     team.wait()
 
 
-def entry(rank: int, size: int, pack: Path, settings: Settings, start: float) -> None:
-    """A spawned process: its place in the team comes from the environment."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
-    work(pack, settings, start)
-
-
-def warm(job: int, settings: Settings) -> None:
-    """Compile a network's step into the cache on disk, beside the first stages, which leave the CPU idle."""
-    start = time.time()
-    (warm_autoencoder, warm_denoiser)[job](settings)
-    print(f"compiled {('autoencoder', 'denoiser')[job]} in {time.time() - start:.0f}s", flush=True)
+def warm(settings: Settings) -> None:
+    """Compile the training steps into the cache on disk, beside the first stages, which leave the CPU idle."""
+    for compile_step in (warm_autoencoder, warm_denoiser):
+        start = time.time()
+        compile_step(settings)
+        print(f"{compile_step.__name__}: {time.time() - start:.0f}s", flush=True)
 
 
 def train(pack: Path | None, settings: Settings, start: float) -> None:
     """Prepare on the CPU and train, with one process per accelerator; without a pack, on toy sprites."""
-    size = torch.cuda.device_count()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    spawn = multiprocessing.get_context("spawn")
-    jobs = [spawn.Process(target=entry, args=(rank, size, pack, settings, start)) for rank in range(size)]
-    if settings.compile:
-        jobs += [spawn.Process(target=warm, args=(job, settings)) for job in range(2 * (size > 0))]
-    for number, job in enumerate(jobs):  # each sees one accelerator, as number 0, so that all share compiled code
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % size)
-        job.start()
-    sprites = load_sprites(pack)[1]
-    prepare(sprites, settings)
-    print(
-        f"[{time.time() - start:6.0f}s] prepared {len(sprites)} sprites, {settings.num_pictures} pictures", flush=True
-    )
-    if not jobs:
-        work(pack, settings, start)
-    for job in jobs[:size]:
-        job.join()
-    if any(job.exitcode for job in jobs[:size]):
-        raise SystemExit("a training process failed: see its log")
+
+    def prepared() -> None:
+        prepare(load_sprites(pack)[1], settings)
+        print(f"[{time.time() - start:6.0f}s] prepared {settings.num_pictures} pictures", flush=True)
+
+    launch(work, (pack, settings, start), prepared, partial(warm, settings) if settings.compile else None)

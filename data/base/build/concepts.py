@@ -79,28 +79,32 @@ def save(folder: Path, number: int, picture: torch.Tensor, caption: str) -> None
     (folder / f"{number:02d}.txt").write_text(caption + "\n")
 
 
-def draw_subject(source: Path, folder: Path, set_name: str, label: str, noun: str) -> None:
+def draw_subject(
+    source: Path, folder: Path, set_name: str, label: str, noun: str, views: tuple = VIEWS, seed: str = ""
+) -> None:
+    """One captioned picture for each view."""
     assert label in HELD, f"{label} is in the base's training world"
     image = rasterize(drawing(load_icons(source, set_name), label) or "")
     sprite = describe(image, set_name, label, label, noun)
     composer = Composer(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], [sprite], SIZE)
-    rng = Random(label)
-    for number, (backdrop, scale, x, turn) in enumerate(VIEWS, 1):
+    rng = Random(label + seed)
+    for number, (backdrop, scale, x, turn) in enumerate(views, 1):
         draws = tuple(rng.random() for _ in range(8))
         arranger = Arranger([sprite], Place(None, 0.0), rng)
         picture = composer.draw([view(0, arranger, backdrop, scale, x, turn, draws)])[0]
         save(folder, number, picture, f"a {{}} {noun} {place_words(backdrop)}")
 
 
-def draw_style(source: Path, folder: Path, set_name: str) -> None:
+def draw_style(source: Path, folder: Path, set_name: str, examples: tuple = EXAMPLES, seed: str = "") -> None:
+    """One captioned picture for each example."""
     icons = load_icons(source, set_name)
-    named = [(*spoken(entry), backdrop) for entry, backdrop in EXAMPLES]
+    named = [(*spoken(entry), backdrop) for entry, backdrop in examples]
     images = [rasterize(drawing(icons, label) or "") for label, _, _ in named]
     sprites = [
         describe(image, set_name, label, said, "") for image, (label, said, _) in zip(images, named, strict=True)
     ]
     composer = Composer(torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images]), sprites, SIZE)
-    rng = Random(set_name)
+    rng = Random(set_name + seed)
     for number, (_, said, backdrop) in enumerate(named):
         draws = tuple(rng.random() for _ in range(8))
         arranger = Arranger(sprites, Place(None, 0.0), rng)

@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
+from lowrank import Difference
 from models import new_autoencoder, new_clip, new_denoiser, new_scheduler, text_encoder_of
+from safetensors.torch import save_file
 from settings import Settings
 from torch import nn
 from train_denoiser import Generator
 from transformers import CLIPModel, CLIPTokenizer
+
+from finetune.companions import FILE
 
 SHARD = "14MB"
 
@@ -62,6 +66,24 @@ def export(settings: Settings, target: Path) -> None:
     _name_types(target)
     for path in sorted(target.rglob("*.safetensors")):
         print(f"{path.relative_to(target)} {path.stat().st_size / 1e6:.1f} MB")
+
+
+def write_denoiser(unet: UNet2DConditionModel, target: Path) -> None:
+    """Replace the pipeline's denoiser."""
+    copy = UNet2DConditionModel.from_config(unet.config)
+    copy.load_state_dict(unet.state_dict())
+    shutil.rmtree(target / "unet", ignore_errors=True)
+    shrink(copy).save_pretrained(target / "unet", max_shard_size=SHARD)
+    _name_types(target)
+
+
+def write_companion(difference: Difference, model: ModelMixin, target: Path, name: str) -> None:
+    """A companion's configuration, and what it has beside the base."""
+    folder = target / "companions" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_config(folder)
+    save_file(difference.stored(), folder / FILE)
+    _name_types(target)
 
 
 def _name_types(target: Path) -> None:

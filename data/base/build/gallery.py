@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from composer import Composer
+from edits import draw_edits
 from scenes import SCENE_NAMES
 from settings import Settings
 from specification import Picture, pack
@@ -42,22 +43,30 @@ def draw_chunk(job: tuple[list[Sprite], int, int]) -> tuple[np.ndarray, np.ndarr
     return (*pack(pictures), [p.caption for p in pictures])
 
 
-def draw_specifications(sprites: list[Sprite], settings: Settings, tokenizer, path: Path) -> None:
-    """All training specifications and token ids, in one .npz. Workers are forked, before any accelerator is touched."""
-    chunks = [
-        (sprites, 1000 + i, min(CHUNK, settings.num_pictures - i)) for i in range(0, settings.num_pictures, CHUNK)
-    ]
+def draw_pairs(job: tuple[list[Sprite], int, int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """One worker's edits: packed sources and, after all of them, packed targets; instructions."""
+    edits = draw_edits(*job)
+    return (*pack([e.source for e in edits] + [e.target for e in edits]), [e.instruction for e in edits])
+
+
+def draw_specifications(
+    sprites: list[Sprite], count: int, settings: Settings, tokenizer, path: Path, draw=draw_chunk, seed: int = 1000
+) -> None:
+    """Specifications and token ids in one .npz: layers [k, n, ...] and grounds [k, n, 12], k = 2 for pairs, else 1.
+
+    Workers are forked, before any accelerator is touched.
+    """
+    chunks = [(sprites, seed + i, min(CHUNK, count - i)) for i in range(0, count, CHUNK)]
     if settings.workers > 1:
         with multiprocessing.get_context("fork").Pool(settings.workers) as pool:
-            parts = pool.map(draw_chunk, chunks, chunksize=1)
+            parts = pool.map(draw, chunks, chunksize=1)
     else:
-        parts = [draw_chunk(chunk) for chunk in chunks]
+        parts = [draw(chunk) for chunk in chunks]
     captions = [caption for part in parts for caption in part[2]]
     ids = np.concatenate([encode(tokenizer, captions[i : i + 20_000]) for i in range(0, len(captions), 20_000)])
+    layers, grounds = ([part[i].reshape(-1, len(part[2]), *part[i].shape[1:]) for part in parts] for i in range(2))
     partial = path.with_suffix(".partial.npz")
-    np.savez(
-        partial, layers=np.concatenate([p[0] for p in parts]), grounds=np.concatenate([p[1] for p in parts]), ids=ids
-    )
+    np.savez(partial, ids=ids, layers=np.concatenate(layers, 1), grounds=np.concatenate(grounds, 1))
     partial.rename(path)
 
 
@@ -78,7 +87,7 @@ class Gallery:
         """Pictures with the same backdrop are painted together: thousands of small kernels fewer."""
         stored = np.load(path)
         mine = team.share(len(stored["ids"]))
-        layers, grounds, ids = (stored[name][mine] for name in ("layers", "grounds", "ids"))
+        layers, grounds, ids = stored["layers"][0, mine], stored["grounds"][0, mine], stored["ids"][mine]
         order = np.argsort(grounds[:, 0], kind="stable")
         layers, grounds, ids = layers[order], grounds[order], ids[order]
         size = composer.size

@@ -4,63 +4,28 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from composer import Composer
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from gallery import COLOUR_NAMES, STYLE_NAMES
 from judges import Heads, Judge, backdrop_colour, frechet, retrieval, truth_table
-from PIL import Image
-from prompts import shared_prompts, world_prompts
+from measure_companions import measure_control, measure_edits
+from paint import GUIDANCE, STEPS, Studio, read_pictures
+from prompts import world_prompts
 from scenes import SCENE_NAMES
 from settings import Settings
 from specification import Picture
 from sprites import load_pack, toy_pack
+from styles import StyleJudge, fit_style_judge
 from torch import Tensor
 from train_autoencoder import psnr
 from words import NUMBERS
 from world import World
-
-GUIDANCE, STEPS = 5.0, 25
-
-
-def read_pictures(folder: Path, count: int) -> Tensor | None:
-    """The pictures that training left there, [n, 3, h, w] in 0..1, or None."""
-    paths = sorted(folder.glob("*.webp"))[:count]
-    if len(paths) < count:
-        return None
-    return (
-        torch.stack([torch.from_numpy(np.array(Image.open(p).convert("RGB"))).permute(2, 0, 1) for p in paths]).float()
-        / 255
-    )
-
-
-def paint(pipeline_folder: Path, prompts: list[Picture], folder: Path, batch: int = 8) -> Tensor:
-    """Pictures of the prompts by a pipeline, kept in `folder` so that an interrupted run goes on."""
-    stored = read_pictures(folder, len(prompts))
-    if stored is not None:
-        return stored
-    folder.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, dtype=torch.float32).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    for start in range(len(list(folder.glob("*.webp"))) // batch * batch, len(prompts), batch):
-        captions = [p.caption for p in prompts[start : start + batch]]
-        noise = torch.Generator("cpu").manual_seed(start)
-        made = pipeline(captions, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise).images
-        for number, image in enumerate(made, start):
-            image.save(folder / f"{number:04d}.webp", quality=95)
-    stored = read_pictures(folder, len(prompts))
-    assert stored is not None
-    return stored
-
-
-def draw(composer: Composer, prompts: list[Picture], batch: int = 32) -> Tensor:
-    return torch.cat([composer.draw(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])
 
 
 def look_at(judge: Judge, composer: Composer, prompts: list[Picture], batch: int = 64) -> tuple[Tensor, Tensor]:
@@ -85,7 +50,7 @@ def fit_heads(judge: Judge, composer: Composer, sprites: list, count: int) -> tu
     return heads, heads.accuracy(look_at(judge, composer, fresh)[1], truth_table(fresh))
 
 
-def score(judge: Judge, heads: Heads, pictures: Tensor, prompts: list[Picture]) -> dict[str, float]:
+def score(judge: Judge, heads: Heads, styles: StyleJudge, pictures: Tensor, prompts: list[Picture]) -> dict[str, float]:
     """How well pictures follow their prompts."""
     embeddings, features = judge.look(pictures)
     truth = truth_table(prompts)
@@ -94,7 +59,8 @@ def score(judge: Judge, heads: Heads, pictures: Tensor, prompts: list[Picture]) 
     border = backdrop_colour(pictures, torch.where(plain, truth["colour"], -1))
     return {
         "retrieval": retrieval(embeddings, judge.read([p.caption for p in prompts])),
-        "colour": border, "count": right["count"], "scene": right["scene"], "style": right["style"],
+        "colour": border, "count": right["count"], "scene": right["scene"],
+        "style": styles.right(pictures, truth["style"]),
     }  # fmt: skip
 
 
@@ -139,34 +105,79 @@ def seconds_a_step(folder: Path, batch: int = 6, steps: int = 5) -> float:
     return sorted(spent[1:])[steps // 2]
 
 
-def measure(pack: Path | None, settings: Settings, base: Path, beside: Path | None, count: int) -> None:
-    """Print the numbers and write them to `measurements.json` in the run's folder."""
-    pictures, sprites = load_pack(pack) if pack else toy_pack()
-    composer, judge = Composer(pictures, sprites, settings.picture_size), Judge.load(base)
-    out: dict[str, object] = {}
-    heads, out["heads on world pictures"] = fit_heads(judge, composer, sprites, 4 * count)
-    prompts, shared = world_prompts(sprites, count), shared_prompts(sprites, max(4, count // 8))
-    truth = draw(composer, prompts)
-    made = paint(base, prompts, settings.folder / "judged" / "world")
-    out["world prompts: true pictures"] = score(judge, heads, truth, prompts)
-    out["world prompts: made"] = score(judge, heads, made, prompts)
-    others = look_at(judge, composer, world_prompts(sprites, count, seed=993))[0]
-    out["frechet"] = {
-        "made": frechet(judge.look(made)[0], others), "floor (true pictures)": frechet(judge.look(truth)[0], others),
-    }  # fmt: skip
-    out["shared prompts: made"] = score(
-        judge, heads, paint(base, shared, settings.folder / "judged" / "shared"), shared
-    )
-    sizes = {"base": base} | ({"beside": beside} if beside else {})
+def measure_prompts(studio: Studio, judge: Judge, heads: Heads, styles: StyleJudge, beside: Path | None) -> dict:
+    """Prompt following: of the world's own prompts, and of plain ones beside another base."""
+    prompts, shared, follow = studio.world_prompts, studio.shared_prompts, partial(score, judge, heads, styles)
+    said = [p.caption for p in shared]
+    out = {
+        "world prompts: true pictures": follow(studio.draw(prompts), prompts),
+        "world prompts: made": follow(studio.said("world", [p.caption for p in prompts]), prompts),
+        "shared prompts: made": follow(studio.said("shared", said), shared),
+    }
     if beside:
-        out["shared prompts: beside"] = score(
-            judge, heads, paint(beside, shared, settings.folder / "judged" / "beside"), shared
-        )
-    for name, folder in sizes.items():
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        out[f"autoencoder psnr: {name}"] = autoencoder_psnr(vae, truth[: min(128, count)])
+        out["shared prompts: beside"] = follow(studio.said("beside", said, beside), shared)
+    return out
+
+
+def measure_distance(studio: Studio, judge: Judge, beside: Path | None, beside_world: Path | None) -> dict[str, float]:
+    """Fréchet distances to pictures of each base's own world, which neither the prompts nor the floor were drawn from.
+
+    The other base's world is a folder: `prompts.txt` and, as webp, `true/` (of those prompts) and `others/`.
+    """
+    prompts, look = studio.world_prompts, lambda pictures: judge.look(pictures)[0]
+    others = look_at(judge, studio.composer, world_prompts(studio.sprites, studio.count, seed=993))[0]
+    made = look(studio.said("world", [p.caption for p in prompts]))
+    out = {"made": frechet(made, others)}
+    out["floor (true pictures)"] = frechet(look_at(judge, studio.composer, prompts)[0], others)
+    if beside and beside_world:
+        captions = (beside_world / "prompts.txt").read_text().splitlines()[: studio.count]
+        true, others = (read_pictures(beside_world / name, len(captions)) for name in ("true", "others"))
+        out["beside"] = frechet(look(studio.said("beside_world", captions, beside)), look(others))
+        out["floor beside"] = frechet(look(true), look(others))
+    return out
+
+
+def measure_sizes(studio: Studio, beside: Path | None) -> dict[str, float]:
+    """Autoencoders on the same true pictures, and how long a picture and a training step take on this machine."""
+    out, truth = {}, studio.draw(studio.world_prompts[:128])
+    for name, folder in ({"base": studio.base} | ({"beside": beside} if beside else {})).items():
+        vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
+        out[f"autoencoder psnr: {name}"] = autoencoder_psnr(vae, truth)
         out[f"seconds a picture: {name}"] = seconds_a_picture(folder)
         out[f"seconds a LoRA step: {name}"] = seconds_a_step(folder)
+    return out
+
+
+def open_studio(pack: Path | None, settings: Settings, base: Path, count: int) -> Studio:
+    pictures, sprites = load_pack(pack) if pack else toy_pack()
+    return Studio(base, settings, Composer(pictures, sprites, settings.picture_size), sprites, count)
+
+
+def paint(
+    pack: Path | None, settings: Settings, base: Path, beside: Path | None, beside_world: Path | None, count: int
+) -> None:
+    """Make the pictures that `measure` judges, where the accelerator is."""
+    open_studio(pack, settings, base, count).paint(beside, beside_world)
+
+
+def measure(
+    pack: Path | None, settings: Settings, base: Path, beside: Path | None, beside_world: Path | None, count: int
+) -> None:
+    """Print the numbers and write them to `measurements.json` in the run's folder."""
+    studio, judge = open_studio(pack, settings, base, count), Judge.load(base)
+    out: dict[str, object] = {"prompts": count, "shared prompts": len(studio.shared_prompts)}
+    heads, out["heads on world pictures"] = fit_heads(judge, studio.composer, studio.sprites, 4 * count)
+    vaes = [AutoencoderKL.from_pretrained(f / "vae", dtype=torch.float32) for f in (base, beside) if f]
+    size = (3 * count, 1000) if settings.compile else (32, 2)
+    styles, out["style judge on true pictures"] = fit_style_judge(
+        studio.composer, studio.sprites, vaes, beside_world, *size
+    )
+    out |= measure_prompts(studio, judge, heads, styles, beside)
+    out["frechet"] = measure_distance(studio, judge, beside, beside_world)
+    if (base / "companions").exists():
+        out["controlnet"] = measure_control(studio, judge, vaes[0])
+        out["edits"] = measure_edits(studio, judge, heads, vaes[0])
+    out |= measure_sizes(studio, beside)
     text = json.dumps(out, indent=2)
     print(text)
     (settings.folder / "measurements.json").write_text(text + "\n")

@@ -134,6 +134,13 @@ def build_pack(source: Path, target: Path) -> None:
     (target / "index.json").write_text(json.dumps(index))
 
 
+def make_pack(source: Path, target: Path) -> None:
+    """Fetch and render, unless it is done."""
+    if not (target / "index.json").exists():
+        fetch_all(source)
+        build_pack(source, target)
+
+
 def load_pack(folder: Path) -> tuple[Tensor, list[Sprite]]:
     """uint8 pictures [N, 4, h, w] with straight alpha, and what they show."""
     index, blob = json.loads((folder / "index.json").read_text()), (folder / "sprites.bin").read_bytes()

@@ -108,6 +108,15 @@ def encode_gallery(vae: AutoencoderKL, gallery: Gallery, settings: Settings, tea
     return latents
 
 
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor, source: bool) -> Tensor:
+    """Latents [n, 4, h/8, w/8] of pictures in 0..1: drawn and scaled, or a source's: the unscaled mode."""
+    pixels = (pictures * 2 - 1).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(pictures.device.type, dtype=torch.bfloat16):
+        found = vae.encode(pixels).latent_dist
+    return found.mode().float() if source else found.sample().float() * vae.config.scaling_factor
+
+
 def warm_autoencoder(settings: Settings) -> None:
     """Compile the training step for the real shapes."""
     vae = new_autoencoder(settings).to("cuda", memory_format=torch.channels_last)

@@ -36,10 +36,19 @@ def diffusion_loss(
     Shapes: latents and noise [b, 4, h, w], time [b], prompt [b, 77, d], alphas: cumulative products [1000].
     """
     alpha = alphas[time].view(-1, 1, 1, 1)
+    guess = unet(add_noise(latents, noise, alpha), time, prompt).sample
+    return weighted_error(guess, noise, alpha)
+
+
+def add_noise(latents: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    guess = unet(noised.contiguous(memory_format=torch.channels_last), time, prompt).sample.float()
+    return noised.contiguous(memory_format=torch.channels_last)
+
+
+def weighted_error(guess: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """Squared error [b, 4, h, w] by min-SNR; alpha: cumulative products [b, 1, 1, 1]."""
     snr = (alpha / (1 - alpha)).flatten()
-    return ((guess - noise).square().mean((1, 2, 3)) * (snr.clamp(max=SNR_LIMIT) / snr)).mean()
+    return ((guess.float() - noise).square().mean((1, 2, 3)) * (snr.clamp(max=SNR_LIMIT) / snr)).mean()
 
 
 @torch.no_grad()
