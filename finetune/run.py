@@ -119,7 +119,10 @@ def load_family(recipe: Recipe[Any]) -> Family:
     except UserError:
         raise
     except Exception as error:  # a broken folder fails in as many ways as it has files
-        raise UserError(f"base.source: {source.path} cannot be loaded: {' '.join(str(error).split())}") from error
+        hint = ""
+        if source.is_single_file and source.config is None:
+            hint = " Without the Hub, set base.config to a folder in diffusers' layout of the same architecture."
+        raise UserError(f"base.source: {source.path} cannot be loaded: {' '.join(str(error).split())}{hint}") from error
     _check_size(recipe, family)
     use_ddim(family.pipeline, zero_terminal_snr=recipe.train.zero_terminal_snr)
     return family

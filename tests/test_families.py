@@ -10,6 +10,7 @@ import lessons
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 from finetune import run
 from finetune.batch import Encoder
@@ -158,6 +159,18 @@ def test_a_text_encoder_whose_lora_no_pipeline_loads_is_refused(base_folder: Any
     way = {"rank": 4, "text_encoder": True}
     with pytest.raises(UserError, match="text_encoder: ZImagePipeline loads no LoRA"):
         run.prepare(lessons.recipe(base_folder("z_image"), tmp_path, "lora", way))
+
+
+def test_an_adapter_given_as_a_base_is_named(tmp_path: Path):
+    save_file({"unet.conv.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="is an adapter and no base"):
+        run.load_family(lessons.recipe(tmp_path / "lora.safetensors", tmp_path / "out", "lora", "plain"))
+
+
+def test_a_single_file_that_needs_configs_says_how_to_give_them(tmp_path: Path):
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"set base\.config to a folder"):
+        run.load_family(lessons.recipe(tmp_path / "model.safetensors", tmp_path / "out", "lora", "plain"))
 
 
 def test_prediction_type_is_read_from_the_checkpoint(base_folder: Any):

@@ -281,6 +281,8 @@ def _single_file_kind(source: Source) -> str:
             shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(f"base.source: {source.path} is no safetensors file ({error})") from None
+    if any("lora" in name for name in names):  # diffusers takes whatever it does not know for Stable Diffusion 1
+        raise UserError(f"base.source: {source.path} is an adapter and no base; `finetune inspect` says what for")
     return infer_diffusers_model_type(shapes)
 
 
