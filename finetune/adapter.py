@@ -217,8 +217,12 @@ def _magnitude(name: str, magnitude: Tensor, num_outputs: int) -> Tensor:
     return magnitude.flatten()
 
 
+def not_finite(content: Content) -> list[str]:
+    """The layers, or an embedding's encoders, that hold NaN or infinity."""
+    return sorted({name for name, tensor in content.tensors() if not bool(tensor.isfinite().all())})
+
+
 def check_finite(content: Content) -> None:
     """Raises: UserError when a tensor holds NaN or infinity."""
-    broken = sorted({name for name, tensor in content.tensors() if not bool(tensor.isfinite().all())})
-    if broken:
+    if broken := not_finite(content):
         raise UserError(f"{len(broken)} layers hold NaN or infinity, such as {broken[0]}: the training diverged")

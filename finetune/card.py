@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.export import LORA_FILE, WORDS_FILE, Verdict
-from finetune.load import read_header
+from finetune.files import read_shapes
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -97,7 +97,7 @@ def widget(folder: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
 def _loader(file: Path) -> str:
     if file.name == LORA_FILE:
         return f'pipeline.load_lora_weights(folder, weight_name="{file.name}")'
-    if len(read_header(file)[0]) == 1:
+    if len(read_shapes(file)[0]) == 1:
         return f'pipeline.load_textual_inversion(folder, weight_name="{file.name}")'
     # diffusers reads a file of one encoder's vectors alone.
     return f'finetune.load.load_adapters(pipeline, ["{file.name}"])  # import finetune.load'

@@ -287,9 +287,9 @@ def _print_plan(recipe: Any, pictures: Any, machine: str | None = None) -> None:
 
 def _describe(file: Path) -> str:
     """Its size and, where a file holds less than was trained, how much it kept."""
-    from finetune.load import read_header
+    from finetune.files import read_shapes
 
-    header = read_header(file)[1]
+    header = read_shapes(file)[1]
     kept = [
         f"{float(share):.1%} of the change of {name.removeprefix('energy_kept.')}"
         for name, share in header.items()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.batch import Batch
 from finetune.families.base import Family
+from finetune.files import write_tensors
 from finetune.lowrank import LowRank
 from finetune.student import predict
 from finetune.vocabulary import words
@@ -23,14 +22,9 @@ WORDS_FILE = "learned_embeds.safetensors"
 
 
 def save(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype, header: Mapping[str, str]) -> Path:
-    """Write a safetensors file under a temporary name first: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
-    save_file(tensors, unfinished, metadata={"format": "pt", **header})
-    unfinished.chmod(0o644)  # safetensors writes files that only their owner may read
-    unfinished.replace(path)
-    return path
+    """Write all in one precision; readers see the old file or the new one."""
+    tensors = {name: value.detach().to(dtype) for name, value in weights.items()}
+    return write_tensors(tensors, path, header, overwrite=True)
 
 
 def save_lora(parts: Mapping[str, LowRank], folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> Path:

@@ -20,6 +20,7 @@ from finetune.architectures import ARCHITECTURES, from_updates
 from finetune.errors import UserError
 from finetune.formats import write
 from finetune.lowrank import factor, squares
+from finetune.resize import check_asked
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 # Tables are read by index; a LoRA of one is nothing that diffusers loads.
@@ -78,10 +79,7 @@ def extract(
     Raises:
         UserError: they are no two checkpoints of one model, or do not differ.
     """
-    if (rank is None) == (energy is None):
-        raise UserError("give one of --rank (the same for all layers) and --energy (a share, such as 0.95)")
-    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
-        raise UserError("--rank is a whole number from 1 on, and --energy a share between 0 and 1")
+    check_asked(rank, energy)
     architecture = _same_pipeline(tuned, base)
     found = Extracted()
     for part in PARTS:

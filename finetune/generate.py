@@ -13,7 +13,8 @@ from tqdm import tqdm
 from finetune.canvas import Frame, Size
 from finetune.errors import UserError
 from finetune.families.base import Source, detect, families
-from finetune.load import Adapter, load_adapters, read_header
+from finetune.files import read_shapes
+from finetune.load import Adapter, load_adapters
 from finetune.quiet import quiet_loading
 from finetune.render import file_name, render, use_ddim
 from finetune.tasks.base import Inputs, Task, choose
@@ -67,7 +68,7 @@ def generate(
 
 
 def _base_of(adapters: Sequence[Adapter]) -> str:
-    headers = [read_header(file)[1] for adapter in adapters for file in adapter.files()]
+    headers = [read_shapes(file)[1] for adapter in adapters for file in adapter.files()]
     for header in headers:
         if "base" in header:
             return header["base"]
@@ -77,7 +78,7 @@ def _base_of(adapters: Sequence[Adapter]) -> str:
 def _open(base: str, revision: str | None, config: str | None, adapters: Sequence[Adapter], task: Task) -> Any:
     """The task's pipeline of a base, with adapters in it, on the fastest device."""
     quiet_loading()
-    read = {file: read_header(file) for adapter in adapters for file in adapter.files()}
+    read = {file: read_shapes(file) for adapter in adapters for file in adapter.files()}
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     loaded = _load(Source(base, revision, dtype, config))
     use_ddim(loaded, zero_terminal_snr=any(header.get("zero_terminal_snr") == "true" for _, header in read.values()))

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from finetune.adapter import AdapterWeights, Content, WordVectors
+from finetune.adapter import AdapterWeights, Content, WordVectors, not_finite
 from finetune.architectures import ARCHITECTURES, PROMPT_WIDTHS, from_header, from_names
 from finetune.errors import UserError
 from finetune.files import read_shapes
@@ -169,7 +167,7 @@ def _precision(content: Content) -> str:
 
 
 def _broken(content: Content) -> dict[str, Any]:
-    broken = sorted({name for name, tensor in content.tensors() if not bool(torch.isfinite(tensor).all())})
+    broken = not_finite(content)
     return {"not finite": f"{len(broken)} layers, such as {broken[0]}"} if broken else {}
 
 

@@ -47,17 +47,6 @@ class Adapter:
         return files
 
 
-def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Tensor names and metadata of a safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys()), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from None
-
-
 def load_adapters(pipeline: Any, adapters: Iterable[Adapter | str | Path]) -> Any:
     """Load any mix of LoRAs and embeddings, in whichever format, into a diffusers pipeline.
 

@@ -129,6 +129,15 @@ def squares(difference: Tensor) -> float:
     return float(difference.double().square().sum())
 
 
+def chosen_rank(energies: Tensor, rank: int | None, energy: float | None) -> int:
+    """The rank that is asked for, or the lowest that keeps a share: energies (r,) are squares, the largest first."""
+    if rank is None:
+        assert energy is not None
+        shares = energies.cumsum(0) / energies.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        rank = int((shares < energy).sum()) + 1 if energies.any() else 1
+    return min(rank, len(energies))
+
+
 def factor(difference: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
     """A (r, in, ...) and B (out, r, ...) of a layer's difference (out, in, ...), and the squares they keep.
 
@@ -139,10 +148,7 @@ def factor(difference: Tensor, rank: int | None, energy: float | None) -> tuple[
     wide = flat if len(flat) <= flat.shape[1] else flat.T
     values, vectors = torch.linalg.eigh(wide @ wide.T)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    if rank is None:
-        shares = values.cumsum(0) / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        rank = int((shares < energy).sum()) + 1 if values.any() else 1
-    rank = min(rank, len(values))
+    rank = chosen_rank(values, rank, energy)
     left = vectors[:, :rank]
     right = left.T @ wide
     # Equal norms for both factors keep either within half precision's range.

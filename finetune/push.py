@@ -13,7 +13,7 @@ from typing import Any
 from finetune.card import widget
 from finetune.config import parse_yaml, to_yaml
 from finetune.errors import UserError
-from finetune.load import read_header
+from finetune.files import read_shapes, read_tensors, write_tensors
 
 CARD, RECIPE, GRID_FILE = "README.md", "recipe.yaml", "grid.png"
 
@@ -53,7 +53,7 @@ def stage(run: Path, folder: Path, *, with_training_pictures: bool) -> Pushed:
     private = {path: Path(path).name for path in _paths(recipe)}
     notes = []
     if recipe["base"]["source"] in private:
-        named = {read_header(file)[1].get("base", "") for file in adapters} - {""}
+        named = {read_shapes(file)[1].get("base", "") for file in adapters} - {""}
         private |= dict.fromkeys(named, private[recipe["base"]["source"]])
         notes.append(
             f"the base is a local folder, so the files call it {private[recipe['base']['source']]!r}; "
@@ -93,15 +93,12 @@ def _scrubbed(tree: Any, private: Mapping[str, str]) -> Any:
 
 def _copy_adapter(file: Path, target: Path, private: Mapping[str, str]) -> None:
     """The same tensors; the header without local paths."""
-    header = read_header(file)[1]
-    scrubbed = {key: private.get(value, value) for key, value in header.items() if key != "format"}
-    if all(header[key] == value for key, value in scrubbed.items()):
+    header = read_shapes(file)[1]
+    scrubbed = {key: private.get(value, value) for key, value in header.items()}
+    if scrubbed == header:
         shutil.copyfile(file, target)
-        return
-    from safetensors.torch import load_file, save_file
-
-    save_file(load_file(file), target, metadata={"format": "pt", **scrubbed})
-    target.chmod(0o644)
+    else:
+        write_tensors(read_tensors(file), target, scrubbed, overwrite=True)
 
 
 def _write_card(

@@ -13,8 +13,10 @@ import torch
 
 from finetune.adapter import AdapterWeights, Update
 from finetune.errors import UserError
+from finetune.files import read_shapes
 from finetune.formats import read, write
-from finetune.formats.base import parse
+from finetune.formats.base import recognise
+from finetune.lowrank import chosen_rank
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,7 @@ def truncate(update: Update, *, rank: int | None, energy: float | None) -> tuple
     right, lower = torch.linalg.qr(down.T)  # (n, r), (r, r)
     u, values, vh = torch.linalg.svd(upper @ lower.T)
     squares = values.square()
-    total = float(squares.sum())
-    if rank is None:
-        assert energy is not None
-        shares = squares.cumsum(0) / max(total, torch.finfo(torch.float64).tiny)
-        rank = int((shares < energy).sum()) + 1 if total else 1
-    rank = min(rank, len(values))
+    rank = chosen_rank(squares, rank, energy)
     # Equal norms for both factors keep either within half precision's range.
     roots = values[:rank].sqrt()
     up, down = left @ u[:, :rank] * roots, roots[:, None] * (vh[:rank] @ right.T)
@@ -63,15 +60,20 @@ def truncate(update: Update, *, rank: int | None, energy: float | None) -> tuple
         scale=1.0,
         kind="DoRA" if update.magnitude is not None else "LoRA",
     )
-    return smaller, float(squares[:rank].sum()), total
+    return smaller, float(squares[:rank].sum()), float(squares.sum())
 
 
-def shrink(weights: AdapterWeights, *, rank: int | None, energy: float | None) -> Resized:
-    """Every layer at the rank, or at the lowest rank that keeps a share of its squared update."""
+def check_asked(rank: int | None, energy: float | None) -> None:
+    """Raises: UserError unless exactly one of both is given, and makes sense."""
     if (rank is None) == (energy is None):
         raise UserError("give one of --rank (the same for all layers) and --energy (a share, such as 0.95)")
     if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
         raise UserError("--rank is a whole number from 1 on, and --energy a share between 0 and 1")
+
+
+def shrink(weights: AdapterWeights, *, rank: int | None, energy: float | None) -> Resized:
+    """Every layer at the rank, or at the lowest rank that keeps a share of its squared update."""
+    check_asked(rank, energy)
     parts: dict[str, dict[str, Update]] = {}
     kept = total = 0.0
     worst, worst_layer = 1.0, "every layer"
@@ -98,11 +100,11 @@ def resize(
     file: Path, *, rank: int | None, energy: float | None, output: Path | None = None, overwrite: bool = False
 ) -> list[str]:
     """Write a smaller file in the same format; what it keeps, in lines."""
-    name, content = parse(file)
+    content = read(file)
     if not isinstance(content, AdapterWeights):
         raise UserError(f"{file}: an embedding has no rank")
-    content = read(file)
-    assert isinstance(content, AdapterWeights)
+    name = recognise(read_shapes(file)[0])
+    assert name is not None
     resized = shrink(content, rank=rank, energy=energy)
     output = output or file.with_name(f"{file.stem}-{'rank' if rank else 'energy'}-{rank or energy}.safetensors")
     write(resized.weights, output, name, dtype=content.dtype, overwrite=overwrite)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import UserError
+from finetune.files import read_shapes
 from finetune.objectives import Diffusion, Flow, Objective
 from finetune.placeholder import pool_at_the_end, spell
 from finetune.registry import Registry
@@ -273,17 +274,14 @@ def _pipeline_class(source: Source) -> str:
 def _single_file_kind(source: Source) -> str:
     """What diffusers takes the file for, judged by its tensors' names and shapes alone."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-    from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(source.path, framework="pt") as file:
-            names = list(file.keys())
-            shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"base.source: {source.path} is no safetensors file ({error})") from None
-    if any("lora" in name for name in names):  # diffusers takes whatever it does not know for Stable Diffusion 1
+        shapes = read_shapes(Path(source.path))[0]
+    except UserError as error:
+        raise UserError(f"base.source: {error}") from None
+    if any("lora" in name for name in shapes):  # diffusers takes whatever it does not know for Stable Diffusion 1
         raise UserError(f"base.source: {source.path} is an adapter and no base; `finetune inspect` says what for")
-    return infer_diffusers_model_type(shapes)
+    return infer_diffusers_model_type({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
 
 
 families: Registry[Family] = Registry("model family", "finetune.families")
