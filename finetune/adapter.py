@@ -217,6 +217,18 @@ def _magnitude(name: str, magnitude: Tensor, num_outputs: int) -> Tensor:
     return magnitude.flatten()
 
 
+def in_precision(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """All tensors in one precision, but single numbers, and the lengths of a DoRA.
+
+    A length is one of the whole weight: rounded, it is off by a share of that and not of its update.
+    """
+    exact = {name for name in tensors if (found := ENDING.search(name)) and ROLES[found[0]] == "magnitude"}
+    return {
+        name: value if value.ndim == 0 else value.to(torch.float32 if name in exact else dtype)
+        for name, value in tensors.items()
+    }
+
+
 def not_finite(content: Content) -> list[str]:
     """The layers, or an embedding's encoders, that hold NaN or infinity."""
     return sorted({name for name, tensor in content.tensors() if not bool(tensor.isfinite().all())})

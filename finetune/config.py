@@ -50,7 +50,8 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 class Section(BaseModel):
     """One section of a recipe: unknown keys and wrong types are errors, nothing changes once it is read.
 
-    A validator of several fields raises UserError with lines that begin with the key at fault.
+    A validator of several fields raises UserError with lines that begin with the key at fault, one of a single
+    field ValueError.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -157,6 +158,8 @@ def _explain(schema: type[Section], error: Mapping[str, Any]) -> list[str]:
         return [f"{path}: missing. Add it to the recipe."]
     if error["type"] == "value_error" and isinstance(error["ctx"]["error"], UserError):
         return [f"{path}.{line}" if path else line for line in error["ctx"]["error"].problems]
+    if error["type"] == "value_error":
+        return [f"{path}: {error['ctx']['error']}"]
     expected = EXPECTED.get(error["type"]) or PATTERNS.get(error.get("ctx", {}).get("pattern", ""))
     message = f"expected {expected}" if expected else error["msg"][0].lower() + error["msg"][1:]
     return [f"{path}: {message}, got {'nothing' if error['input'] is None else repr(error['input'])}."]

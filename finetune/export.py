@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finetune.adapter import in_precision
 from finetune.batch import Batch
 from finetune.families.base import Family
 from finetune.files import write_tensors
@@ -23,16 +24,18 @@ WORDS_FILE = "learned_embeds.safetensors"
 
 def save(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype, header: Mapping[str, str]) -> Path:
     """Write all in one precision; readers see the old file or the new one."""
-    tensors = {name: value.detach().to(dtype) for name, value in weights.items()}
-    return write_tensors(tensors, path, header, overwrite=True)
+    tensors = {name: value.detach() for name, value in weights.items()}
+    return write_tensors(in_precision(tensors, dtype), path, header, overwrite=True)
 
 
 def save_lora(parts: Mapping[str, LowRank], folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> Path:
-    """Factors of the denoiser and the text encoders in diffusers' format."""
+    """Factors of the denoiser and the text encoders in diffusers' format; as their scale is 1, alpha is the rank."""
     weights = {
         f"{part}.{_canonical(part, name)}": factor for part, found in parts.items() for name, factor in found.items()
     }
-    return save(weights, folder / LORA_FILE, dtype, header)
+    ranks = sorted({len(factor) for name, factor in weights.items() if name.endswith(".lora_A.weight")})
+    rank = f"{ranks[0]}..{ranks[-1]}" if ranks[1:] else str(ranks[0])
+    return save(weights, folder / LORA_FILE, dtype, {**header, "rank": rank, "alpha": rank})
 
 
 def _canonical(part: str, name: str) -> str:

@@ -1,19 +1,18 @@
-"""Low-rank updates: through peft while training, and factored out of a weight difference afterwards."""
+"""Low-rank updates: the layers that take one, and those factored out of a weight difference."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import UserError, did_you_mean
 
-# Weight name -> factors, in peft's layout: `<module>.lora_A.weight` and `<module>.lora_B.weight`.
+# Weight name -> factors, in peft's layout: `<module>.lora_A.weight`, `<module>.lora_B.weight` and, of a DoRA,
+# `<module>.lora_magnitude_vector.weight`.
 LowRank = dict[str, Tensor]
 
 
@@ -40,41 +39,6 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 def _ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
-
-
-def inject(model: Any, targets: Sequence[str], settings: Mapping[str, Any]) -> dict[str, nn.Parameter]:
-    """Add a LoRA adapter to a diffusers or transformers model; its parameters by name."""
-    from peft import LoraConfig
-
-    model.add_adapter(LoraConfig(target_modules=list(targets), **settings))
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@contextmanager
-def disabled(models: Sequence[Any]) -> Iterator[None]:
-    """The models as they were before their adapters."""
-    with ExitStack() as stack:
-        for model in models:
-            model.disable_adapters()
-            stack.callback(model.enable_adapters)
-        yield
-
-
-def adapter_weights(model: nn.Module) -> LowRank:
-    """The adapter's factors with alpha / rank multiplied into B, so that its scale is 1.
-
-    Tools differ in where they look for alpha, and some look nowhere: a file whose
-    scale is in its weights means the same to all of them.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    weights: LowRank = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            (adapter,) = module.lora_A
-            weights[f"{name}.lora_A.weight"] = _weight(module.lora_A[adapter]).detach()
-            weights[f"{name}.lora_B.weight"] = _weight(module.lora_B[adapter]).detach() * module.scaling[adapter]
-    return weights
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 
 def quiet() -> None:
@@ -15,9 +16,10 @@ def quiet() -> None:
 
 
 def quiet_loading() -> None:
-    """The bars for reading a base that is on the disk already."""
+    """The bars for reading a base that is on the disk already, and what is said of adapters."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # PiSSA has two on purpose

@@ -17,6 +17,11 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {
         "plain": {"rank": 4},
         "alpha-and-text": {"rank": 4, "alpha": 1.0, "text_encoder": True, "text_encoder_learning_rate": 0.01},
+        "rslora": {"variant": "rslora", "rank": 4, "alpha": 2.0, "text_encoder": True},
+        "dora": {"variant": "dora", "rank": 4, "alpha": 2.0, "text_encoder": True, "targets": ["convolution"]},
+        "pissa": {"variant": "pissa", "rank": 4, "alpha": 2.0, "text_encoder": True, "targets": ["convolution"]},
+        "loha": {"variant": "loha", "rank": 2, "alpha": 3.0, "text_encoder": True, "targets": ["convolution"]},
+        "lokr": {"variant": "lokr", "rank": 1, "alpha": 2.0, "factor": 2, "text_encoder": True},
         "patterns": {"rank": 4, "alpha": 2.0, "targets": ["convolution"], "rank_pattern": {"conv1": 2, "to_q": 6}},
     },
     "dreambooth": {

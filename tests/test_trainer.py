@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from finetune import checkpoint, run
 from finetune.errors import UserError
 from finetune.families.base import families
+from finetune.methods.lora import WITHOUT_DROPOUT
 from finetune.objectives import Diffusion
 from finetune.trainer import NonFiniteLoss
 
@@ -48,7 +49,8 @@ def lines(at_work: run.Run) -> list[dict[str, Any]]:
 def hard(base_folder: Any, case: tuple[str, ...], output: Path, pictures: Path, **train: Any) -> Any:
     family, variant, method, way = case
     settings = dict(lessons.WAYS[method][way])
-    if method in ("lora", "dreambooth", "pivotal_tuning") and "denoiser" not in settings:
+    takes_dropout = "denoiser" not in settings and settings.get("variant") not in WITHOUT_DROPOUT
+    if method in ("lora", "dreambooth", "pivotal_tuning") and takes_dropout:
         settings["dropout"] = 0.2
     hardest = {name: value for name, value in HARD.items() if name != "min_snr_gamma" or has_snr(family)}
     return lessons.recipe(

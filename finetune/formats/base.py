@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from finetune.adapter import AdapterWeights, Content, WordVectors, check_finite
+from finetune.adapter import AdapterWeights, Content, WordVectors, check_finite, in_precision
 from finetune.errors import UserError
 from finetune.files import Header, Tensors, read_pickle, read_shapes, read_tensors, whole, write_tensors
 from finetune.registry import Registry
@@ -119,7 +119,7 @@ def write(content: Content, path: Path, to: str, *, dtype: torch.dtype | None = 
         raise UserError(f"--to {to}: not a format of {content.kind}s. Known for them: {', '.join(fitting)}.")
     tensors, header = chosen.encode(content, path)
     dtype = dtype or content.dtype
-    tensors = {name: value if value.ndim == 0 else value.to(dtype) for name, value in tensors.items()}
+    tensors = in_precision(tensors, dtype)
     if path.suffix in PICKLES and (held := chosen.pickled(content, tensors)) is not None:
         with whole(path, overwrite=overwrite) as unfinished:
             torch.save(held, unfinished)

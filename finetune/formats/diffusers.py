@@ -67,7 +67,7 @@ class Diffusers(Format):
             tensors[f"{layer}.lora_B.weight"] = folded.up
             if update.magnitude is not None:
                 shape = (1, -1, 1, 1) if update.up.ndim == 4 else (-1,)
-                tensors[f"{layer}.lora_magnitude_vector"] = update.magnitude.reshape(shape)
+                tensors[f"{layer}.lora_magnitude_vector.weight"] = update.magnitude.reshape(shape)
         return tensors, {"architecture": content.architecture} if content.architecture else {}
 
 

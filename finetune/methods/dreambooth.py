@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from finetune.student import Student
 
 
-LORA_ONLY = ("alpha", "targets", "rank_pattern", "alpha_pattern", "dropout")
+LORA_ONLY = ("variant", "alpha", "factor", "targets", "rank_pattern", "alpha_pattern", "dropout")
 WHOLE_ONLY = ("export_energy", "export_checkpoint")
 
 
@@ -127,9 +127,9 @@ class DreamBooth(LoRA):
         for name, part in trained.items():
             restore(part, base[name], factored[name].weights)
         shares = {f"energy_kept.{name}": f"{found.energy:.4f}" for name, found in factored.items()}
-        ranks = sorted({rank for found in factored.values() for rank in found.ranks.values()})
-        header = {**header, **shares, "rank": f"{ranks[0]}..{ranks[-1]}" if ranks[1:] else str(ranks[0])}
-        return [save_lora({name: found.weights for name, found in factored.items()}, folder, dtype, header)]
+        return [
+            save_lora({name: found.weights for name, found in factored.items()}, folder, dtype, {**header, **shares})
+        ]
 
 
 def _copy(part: torch.nn.Module) -> torch.nn.Module:

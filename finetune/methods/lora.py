@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from finetune.config import Fraction, PositiveFloat, PositiveInt, Strings
 from finetune.errors import UserError
@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from finetune.student import Group, Student
 
 PRESETS = ("attention", "feed_forward", "linear", "convolution")
+WITHOUT_DROPOUT = ("pissa", "loha", "lokr")
+ROTATIONS = ("oft", "boft", "hra")
+
+
+def _check_variant(value: Any) -> Any:
+    if str(value).lower() in ROTATIONS:
+        raise ValueError(
+            f"{value} turns the base's weights, which no low-rank file holds and no pipeline of diffusers loads. "
+            "Use dora, which parts length from direction, or lokr."
+        )
+    return value
+
+
+Variant = Annotated[Literal["lora", "rslora", "dora", "pissa", "loha", "lokr"], BeforeValidator(_check_variant)]
 
 
 @methods.register
@@ -26,9 +40,14 @@ class LoRA(Method):
     """Learns a subject or a style as a low-rank update of the denoiser, through peft."""
 
     summary = "low-rank updates of the denoiser: a subject or a style, from captioned pictures"
+    variant: Variant = "lora"
+    """rslora scales by alpha / sqrt(rank) (2312.03732), dora learns each output's length apart (2402.09353), pissa
+    starts from the weights' principal part (2404.02948), loha and lokr are products of factors (2309.14859)."""
     rank: PositiveInt = 16
     alpha: PositiveFloat | None = None
     """The update is scaled by alpha / rank. Default: the rank, a scale of 1."""
+    factor: PositiveInt = 4
+    """lokr: the side of its first factor; as a LoRA the file has rank `factor * rank`."""
     targets: Strings = Field(("attention",), min_length=1)
     """Presets (attention, feed_forward, linear, convolution) and names of layers, together."""
     rank_pattern: dict[str, PositiveInt] = {}
@@ -44,9 +63,15 @@ class LoRA(Method):
         return self.text_encoder
 
     def problems(self) -> list[str]:
+        problems = []
         if self.text_encoder_learning_rate is not None and not self.text_encoder:
-            return ["text_encoder_learning_rate: has no effect while text_encoder is false. Remove one of them."]
-        return []
+            problems.append("text_encoder_learning_rate: has no effect while text_encoder is false. Remove one.")
+        if self.dropout and self.variant in WITHOUT_DROPOUT:
+            why = "would drop parts of the base" if self.variant == "pissa" else "is not known to it"
+            problems.append(f"dropout: with variant: {self.variant} it {why}. Remove one of them.")
+        if self.factor != type(self).model_fields["factor"].default and self.variant != "lokr":
+            problems.append("factor: is for variant: lokr. Remove it.")
+        return problems
 
     @property
     def own_rates(self) -> dict[str, float]:
@@ -54,8 +79,8 @@ class LoRA(Method):
         return {} if rate is None else {"text_encoder_learning_rate": rate}
 
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
-        from finetune.lowrank import disabled
         from finetune.student import Student
+        from finetune.variants import disabled
 
         groups = self.adapters(family, learning_rate)
         adapted = [getattr(family.pipeline, group.name) for group in groups]
@@ -63,15 +88,17 @@ class LoRA(Method):
 
     def adapters(self, family: Family, learning_rate: float) -> list[Group]:
         """Adapters for the denoiser and, where asked for, the text encoders: a group each."""
-        from finetune.lowrank import inject
+        from finetune.lowrank import layers_named
         from finetune.student import Group
+        from finetune.variants import inject
 
         settings = self._settings()
-        unet = inject(family.denoiser, self._layers(family), settings)
-        groups = [Group(family.denoiser_name, unet, learning_rate)]
+        trained = inject(family.denoiser, self._layers(family), self.variant, settings)
+        groups = [Group(family.denoiser_name, trained, learning_rate)]
         for name in self.trained_text_encoders(family):
-            parameters = inject(getattr(family.pipeline, name), family.text_attention, settings)
-            groups.append(Group(name, parameters, self.text_encoder_learning_rate or learning_rate))
+            part = getattr(family.pipeline, name)
+            trained = inject(part, layers_named(part, family.text_attention), self.variant, settings)
+            groups.append(Group(name, trained, self.text_encoder_learning_rate or learning_rate))
         return groups
 
     def trained_text_encoders(self, family: Family) -> list[str]:
@@ -92,25 +119,27 @@ class LoRA(Method):
 
     def export(self, student: Student, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:
         from finetune.export import save_lora
-        from finetune.lowrank import adapter_weights
+        from finetune.variants import adapter_weights
 
         family = student.family
         parts = {name: getattr(family.pipeline, name) for name in (family.denoiser_name, *family.text_encoders)}
         weights = {name: found for name, part in parts.items() if (found := adapter_weights(part))}
-        header = {**header, "rank": str(self.rank), "alpha": str(self.alpha or self.rank)}
-        return [save_lora(weights, folder, dtype, header)]
+        return [save_lora(weights, folder, dtype, {**header, "variant": self.variant})]
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "r": self.rank,
-            "lora_alpha": self.alpha or self.rank,
-            # A pattern changes the rank alone, so the scale stays what alpha / rank says.
-            "rank_pattern": dict(self.rank_pattern),
+            "rank": self.rank,
+            "alpha": self.alpha or self.rank,
+            "rank_pattern": self.rank_pattern,
             "alpha_pattern": self._alphas(),
-            "lora_dropout": self.dropout,
+            "dropout": self.dropout,
+            "factor": self.factor,
         }
 
     def _alphas(self) -> dict[str, float]:
+        """A pattern changes the rank alone, so the scale stays what alpha / rank says; rslora scales by itself."""
+        if self.variant == "rslora":
+            return self.alpha_pattern
         scale = (self.alpha or self.rank) / self.rank
         return {name: rank * scale for name, rank in self.rank_pattern.items()} | self.alpha_pattern
 

@@ -42,8 +42,8 @@ class PivotalTuning(LoRA):
         return {**super().own_rates, "word_learning_rate": self.word_learning_rate}
 
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
-        from finetune.lowrank import disabled
         from finetune.student import Group, Student
+        from finetune.variants import disabled
         from finetune.vocabulary import extend
 
         groups = self.adapters(family, learning_rate)

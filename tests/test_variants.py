@@ -1,0 +1,109 @@
+"""LoRA's kin: what each starts from, what of it goes out, and what is refused before it is trained."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import lessons
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune import run
+from finetune.config import build
+from finetune.errors import UserError
+from finetune.methods.lora import LoRA, Variant
+
+VARIANTS = get_args(get_args(Variant)[0])
+
+
+def prepare(base: Path, output: Path, **settings: Any) -> run.Run:
+    return run.prepare(lessons.recipe(base, output, "lora", at_toy_size(settings)))
+
+
+def train_to_float16(base: Path, output: Path, train: dict[str, Any], **settings: Any) -> run.Result:
+    recipe = lessons.recipe(base, output, "lora", at_toy_size(settings), train=train)
+    return run.train(recipe.model_copy(update={"output": recipe.output.model_copy(update={"dtype": "float16"})}))
+
+
+def at_toy_size(settings: dict[str, Any]) -> dict[str, Any]:
+    """The toy layers have 16 inputs, where a LoKr is small at rank 1 alone."""
+    small = {"rank": 1, "factor": 2} if settings.get("variant") == "lokr" else {"rank": 2}
+    return {**small, **settings}
+
+
+def test_every_variant_is_in_the_matrix_of_methods():
+    assert {way.get("variant", "lora") for way in lessons.WAYS["lora"].values()} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_begins_at_the_base_and_can_always_return_to_it(variant: str, base_folder: Any, tmp_path: Path):
+    at_work = prepare(base_folder("stable_diffusion"), tmp_path, variant=variant)
+    base = at_work.probe(run.load_family(at_work.recipe))
+    torch.testing.assert_close(at_work.probe(at_work.family), base, atol=1e-5, rtol=1e-4)
+    at_work.loop()
+    assert not torch.allclose(at_work.probe(at_work.family), base, atol=1e-3)
+    with at_work.trainer.student.frozen():
+        assert torch.equal(at_work.probe(at_work.family), base)
+    trainable = {name for name, value in at_work.family.denoiser.named_parameters() if value.requires_grad}
+    assert len(trainable) == len(list(at_work.trainer.student.parameters()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_file_in_half_precision_holds_what_was_learnt(variant: str, precision: str, base_folder: Any, tmp_path: Path):
+    result = train_to_float16(base_folder("stable_diffusion"), tmp_path, {"precision": precision}, variant=variant)
+    assert result.verdict.error < 0.005
+
+
+def test_pissa_trains_the_principal_part_of_the_weight(base_folder: Any, tmp_path: Path):
+    at_work = prepare(base_folder("stable_diffusion"), tmp_path, variant="pissa", alpha=4.0)
+    layer = next(module for module in at_work.family.denoiser.modules() if hasattr(module, "lora_A"))
+    weight = layer.get_base_layer().weight
+    u, s, vh = torch.linalg.svd(weight)
+    product = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(product, (u[:, :2] * s[:2]) @ vh[:2], atol=1e-5, rtol=1e-4)
+
+
+def test_pissa_goes_out_as_a_lora_of_twice_the_rank(base_folder: Any, tmp_path: Path):
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", {"rank": 2, "variant": "pissa"})
+    weights = load_file(run.train(recipe).files[0])
+    assert {len(value) for name, value in weights.items() if "lora_A" in name} == {4}
+
+
+def test_rslora_scales_by_the_square_root_of_each_rank(base_folder: Any, tmp_path: Path):
+    ranks = {"rank": 4, "alpha": 6.0, "rank_pattern": {"to_q": 9}}
+    at_work = prepare(base_folder("stable_diffusion"), tmp_path, variant="rslora", **ranks)
+    layers = {name: part for name, part in at_work.family.denoiser.named_modules() if hasattr(part, "lora_A")}
+    for name, layer in layers.items():
+        rank = 9 if name.endswith("to_q") else 4
+        assert layer.scaling["default"] == pytest.approx(6 / math.sqrt(rank))
+
+
+def test_the_lengths_of_a_dora_stay_in_full_precision(base_folder: Any, tmp_path: Path):
+    result = train_to_float16(base_folder("stable_diffusion"), tmp_path, {}, variant="dora", text_encoder=True)
+    weights = load_file(result.files[0])
+    assert all((value.dtype == torch.float32) == ("magnitude" in name) for name, value in weights.items())
+    assert any(name.startswith("text_encoder") and "magnitude" in name for name in weights)
+
+
+def test_a_lokr_that_is_no_small_file_is_refused_before_it_is_trained(base_folder: Any, tmp_path: Path):
+    with pytest.raises(UserError, match=r"method\.variant: .*larger than the layer itself.*method\.rank"):
+        prepare(base_folder("stable_diffusion"), tmp_path, variant="lokr", rank=64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"variant": "oft"}, "variant: oft turns the base's weights"),
+        ({"variant": "dorra"}, "variant: "),
+        ({"variant": "pissa", "dropout": 0.1}, "dropout: with variant: pissa"),
+        ({"variant": "lokr", "dropout": 0.1}, "dropout: with variant: lokr"),
+        ({"variant": "dora", "factor": 8}, "factor: is for variant: lokr"),
+    ],
+)
+def test_settings_that_a_variant_cannot_have_are_refused_with_the_reason(settings: dict[str, Any], says: str):
+    with pytest.raises(UserError, match=says):
+        build(LoRA, {"name": "lora", **settings})
