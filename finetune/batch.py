@@ -1,21 +1,24 @@
-"""Draws to the tensors of a step; what is frozen is encoded once and kept by its content.
+"""Draws to the tensors of a step; what is frozen is encoded before the first one.
 
 Shapes: B samples (the concept's first, then the prior's), C latent channels, H W latent size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from finetune.cache import Cache
 from finetune.dataset.draws import Draw
 from finetune.families.base import Family, Posterior, Prompt, Tokens
 
-ENCODE_AT_ONCE = 8  # pictures through the VAE: its activations are the largest of all
+# Through the VAE, whose activations are the largest of all.
+PIXELS_AT_ONCE = 2**19
+PICTURES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -45,25 +48,36 @@ class Batch:
 class Encoder:
     """Turns draws into batches on the family's device.
 
-    Latents are cached as the VAE's posterior by (file content, crop, flip), prompts by
-    their text, so neither a shuffle nor a renamed file can match them up wrongly. A random
-    crop is seldom drawn twice, and is not kept.
+    Latents are kept as the VAE's posterior by (file content, crop, flip), prompts by their text.
     """
 
-    def __init__(self, family: Family, *, trains_text: bool, noise_offset: float):
+    def __init__(self, family: Family, *, size: int, trains_text: bool, noise_offset: float):
         self.family = family
         self.trains_text = trains_text
         self.noise_offset = noise_offset
-        self._posteriors: dict[tuple, Posterior] = {}
-        self._prompts: dict[str, Prompt] = {}
+        self.posteriors = Cache(self._encode_pictures, _num_bytes, _group(size))
+        self.prompts = Cache(self._encode_captions, _num_bytes, 1)
 
-    def encode(self, draws: Sequence[Draw], num_prior: int, keep: bool = True) -> Batch:
-        posteriors = self._encode_images(draws, keep)
-        samples = [self._sample(*pair) for pair in zip(posteriors, draws, strict=True)]
+    def prepare(self, draws: Iterable[Draw], *, show: bool = False) -> list[str]:
+        """Encode all that is frozen of the draws, if there is room for it.
+
+        Returns:
+            The parts of the pipeline that are not needed for them any more.
+        """
+        pictures, captions = {}, {}
+        for draw in draws:
+            pictures[draw.key], captions[draw.caption] = draw, draw.caption
+        done = ["vae"] if self.posteriors.fill(pictures, title="encoding pictures" if show else None) else []
+        if not self.trains_text and self.prompts.fill(captions):
+            done += self.family.text_encoders
+        return done
+
+    def encode(self, draws: Sequence[Draw], num_prior: int) -> Batch:
+        posteriors = self.posteriors.get({draw.key: draw for draw in draws})
+        samples = [self._sample(posteriors[draw.key], draw) for draw in draws]
         latents, noise, time = (torch.cat(parts).to(self.family.device) for parts in zip(*samples, strict=True))
         geometry = torch.tensor([draw.geometry for draw in draws], dtype=torch.float32, device=self.family.device)
-        prompt = self._encode_captions([draw.caption for draw in draws])
-        return Batch(latents, noise, time, prompt, geometry, num_prior)
+        return Batch(latents, noise, time, self._prompt([draw.caption for draw in draws]), geometry, num_prior)
 
     def _sample(self, posterior: Posterior, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, noise and time of one sample, from its own generator: B is 1."""
@@ -76,22 +90,28 @@ class Encoder:
             noise = noise + self.noise_offset * torch.randn((*shape[:2], 1, 1), generator=generator)
         return latents, noise, time
 
-    def _encode_images(self, draws: Sequence[Draw], keep: bool) -> list[Posterior]:
-        known = self._posteriors if keep else {}
-        new = list({draw.key: draw for draw in draws if draw.key not in known}.values())
-        for start in range(0, len(new), ENCODE_AT_ONCE):
-            some = new[start : start + ENCODE_AT_ONCE]
-            with ThreadPoolExecutor() as pool:
-                pixels = list(pool.map(lambda draw: torch.from_numpy(draw.pixels()), some))
-            posterior = self.family.encode_image(torch.stack(pixels))
-            means, stds = posterior.mean.cpu().split(1), posterior.std.cpu().split(1)
-            known.update((draw.key, Posterior(*pair)) for draw, *pair in zip(some, means, stds, strict=True))
-        return [known[draw.key] for draw in draws]
+    def _encode_pictures(self, draws: Sequence[Draw]) -> list[Posterior]:
+        with ThreadPoolExecutor() as pool:
+            pixels = list(pool.map(lambda draw: torch.from_numpy(draw.pixels()), draws))
+        posterior = self.family.encode_image(torch.stack(pixels))
+        means, stds = posterior.mean.cpu().split(1), posterior.std.cpu().split(1)
+        return [Posterior(*pair) for pair in zip(means, stds, strict=True)]
 
-    def _encode_captions(self, captions: Sequence[str]) -> Prompt | Tokens:
+    @torch.no_grad()
+    def _encode_captions(self, captions: Sequence[str]) -> list[Prompt]:
+        return [self.family.encode_prompt(self.family.tokenize([caption])).to("cpu") for caption in captions]
+
+    def _prompt(self, captions: Sequence[str]) -> Prompt | Tokens:
         if self.trains_text:
             return self.family.tokenize(captions)
-        for caption in set(captions) - self._prompts.keys():
-            with torch.no_grad():
-                self._prompts[caption] = self.family.encode_prompt(self.family.tokenize([caption]))
-        return Prompt.join([self._prompts[caption] for caption in captions])
+        known = self.prompts.get(dict(zip(captions, captions, strict=True)))
+        return Prompt.join([known[caption] for caption in captions]).to(self.family.device)
+
+
+def _group(size: int) -> int:
+    """Pictures that are encoded at once."""
+    return min(PICTURES_AT_ONCE, max(1, PIXELS_AT_ONCE // size**2))
+
+
+def _num_bytes(encoded: Posterior | Prompt) -> int:
+    return sum(part.nbytes for part in vars(encoded).values() if part is not None)

@@ -68,23 +68,39 @@ class Trainer:
             )
         self.share = config.batch_size // parts
         method = student.method
-        self.encoder = Encoder(student.family, trains_text=method.trains_text, noise_offset=config.noise_offset)
+        self.encoder = Encoder(
+            student.family,
+            size=concept.config.resolution,
+            trains_text=method.trains_text,
+            noise_offset=config.noise_offset,
+        )
         self._prepare_family()
         self.model, self.optimizer = accelerator.prepare(student, build_optimizer(student.groups, config))
         self.ema = None if config.ema is None else _average(student, config.ema)
 
     def steps(self) -> Iterator[Report]:
         """Train to the end, a report for each update."""
+        self._encode_what_is_frozen()
         while self.step < self.config.steps:
             report = self._update()
             self.step += 1
             yield report
 
+    def _encode_what_is_frozen(self) -> None:
+        """All steps' draws are known, so what encodes them may leave the device before the first step."""
+        mine = (
+            draw
+            for step in range(self.step, self.config.steps)
+            for part in range(self.config.accumulate)
+            for draw in self._mine(self._draw(step), part)
+        )
+        self.student.family.rest(self.encoder.prepare(mine, show=self.accelerator.is_main_process))
+
     def _update(self) -> Report:
         rates = self._set_learning_rates()
         # Only dropout draws from the global state, and differently on each process.
         torch.manual_seed(hash((self.config.seed, self.step, self.accelerator.process_index)))
-        total, draws = torch.zeros((), device=self.accelerator.device), self._draw()
+        total, draws = torch.zeros((), device=self.accelerator.device), self._draw(self.step)
         for part in range(self.config.accumulate):
             batch = self._batch(draws, part)
             last = part == self.config.accumulate - 1
@@ -105,18 +121,20 @@ class Trainer:
             self.ema.step(self.student.parameters())
         return Report(self.step + 1, loss, norm, rates, drawn, stopping > 0)
 
-    def _draw(self) -> list[list[Draw]]:
-        """The step's samples over all processes: the concept's, and as many of the prior's if there is one."""
-        positions = range(self.step * self.config.batch_size, (self.step + 1) * self.config.batch_size)
+    def _draw(self, step: int) -> list[list[Draw]]:
+        """A step's samples over all processes: the concept's, and as many of the prior's if there is one."""
+        positions = range(step * self.config.batch_size, (step + 1) * self.config.batch_size)
         sources = [source for source in (self.concept, self.prior) if source is not None]
         return [[source.draw(self.config.seed, position) for position in positions] for source in sources]
 
-    def _batch(self, draws: list[list[Draw]], part: int) -> Batch:
-        """This process's share of one part of the step."""
+    def _mine(self, draws: list[list[Draw]], part: int) -> list[Draw]:
+        """This process's share of one part of a step."""
         place = (self.accelerator.process_index * self.config.accumulate + part) * self.share
-        mine = [draw for half in draws for draw in half[place : place + self.share]]
-        keep = self.concept.config.crop == "center"
-        return self.encoder.encode(mine, num_prior=len(mine) - self.share, keep=keep)
+        return [draw for half in draws for draw in half[place : place + self.share]]
+
+    def _batch(self, draws: list[list[Draw]], part: int) -> Batch:
+        mine = self._mine(draws, part)
+        return self.encoder.encode(mine, num_prior=len(mine) - self.share)
 
     def _set_learning_rates(self) -> dict[str, float]:
         rates = {}

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from finetune import run
+from finetune.adapter import WordVectors
 from finetune.batch import Encoder
 from finetune.dataset import DatasetConfig, Pictures, scan
 from finetune.errors import UserError
 from finetune.families.base import Source, families
 from finetune.families.flux import pack, unpack
+from finetune.formats import write
 from finetune.objectives import Diffusion
 from finetune.vocabulary import extend
 
@@ -124,6 +126,28 @@ def test_a_step_of_the_sampler_is_the_family_s_own_prediction(family: Any):
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_word_can_start_from_an_embedding_in_any_format_and_from_nothing_else(base_folder: Any, tmp_path: Path):
+    source = Source(str(base_folder("stable_diffusion_xl")))
+    start = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 40)}
+    write(WordVectors("fox", start, "sdxl"), tmp_path / "fox.safetensors", "embedding_comfyui")
+    loaded = families["stable_diffusion_xl"].load(source, min_snr_gamma=None, zero_terminal_snr=False)
+    tables = extend(loaded, "<it>", 2, str(tmp_path / "fox.safetensors"))
+    assert all(torch.equal(tables[name].new, start[key]) for name, key in loaded.word_keys.items())
+    write(WordVectors("cat", {"clip_l": torch.randn(2, 48)}, "sd1"), tmp_path / "wide.safetensors", "embedding_a1111")
+    save_file({"<nan>": torch.randn(1, 32) / 0}, tmp_path / "nan.safetensors")
+    save_file({"unet.conv.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "lora.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "fox.safetensors").read_bytes()[:50])
+    for name, problem in {
+        "wide": "holds no embedding of width 32 for clip_l",
+        "nan": "NaN or infinity",
+        "lora": "up is missing",
+        "cut": "cut short",
+        "nowhere": "does not exist",
+    }.items():
+        with pytest.raises(UserError, match=rf"method\.init: .*{name}\.safetensors.* {problem}"):
+            extend(loaded, "<other>", 1, str(tmp_path / f"{name}.safetensors"))
+
+
 def test_stable_diffusion_3_without_t5_is_conditioned_as_its_pipeline_does_it(base_folder: Any):
     source = Source(str(base_folder("stable_diffusion_3")))
     loaded = families["stable_diffusion_3"].load(source, min_snr_gamma=None, zero_terminal_snr=False)
@@ -201,13 +225,14 @@ def test_a_base_of_no_known_family_is_named(tmp_path: Path):
 def test_cached_latents_follow_the_picture_and_not_its_name(base_folder: Any, tmp_path: Path):
     source = Source(str(base_folder("stable_diffusion")))
     loaded = families["stable_diffusion"].load(source, min_snr_gamma=None, zero_terminal_snr=False)
-    encoder = Encoder(loaded, trains_text=False, noise_offset=0.0)
+    encoder = Encoder(loaded, size=tiny.SIZE, trains_text=False, noise_offset=0.0)
     config = DatasetConfig(folder=tiny.save_pictures(tmp_path / "pictures", 2), resolution=tiny.SIZE)
 
     def means() -> list[torch.Tensor]:
         pictures = Pictures.from_pictures(scan(config), config, "<it>")
         draws = sorted((pictures.draw(0, position) for position in range(2)), key=lambda draw: draw.path)
-        return [posterior.mean for posterior in encoder._encode_images(draws, keep=True)]
+        encoder.prepare(draws)
+        return [encoder.posteriors.kept[draw.key].mean for draw in draws]
 
     before = means()
     first, second = tmp_path / "pictures/0.png", tmp_path / "pictures/1.png"
@@ -222,13 +247,14 @@ def test_cached_latents_follow_the_picture_and_not_its_name(base_folder: Any, tm
 def test_random_flips_are_drawn_anew_while_latents_are_cached(base_folder: Any, tmp_path: Path):
     source = Source(str(base_folder("stable_diffusion")))
     loaded = families["stable_diffusion"].load(source, min_snr_gamma=None, zero_terminal_snr=False)
-    encoder = Encoder(loaded, trains_text=False, noise_offset=0.0)
+    encoder = Encoder(loaded, size=tiny.SIZE, trains_text=False, noise_offset=0.0)
     folder = tiny.save_pictures(tmp_path / "pictures", 1)
     config = DatasetConfig(folder=folder, resolution=tiny.SIZE, flip=True)
     pictures = Pictures.from_pictures(scan(config), config, "<it>")
     draws = [pictures.draw(0, position) for position in range(12)]
     assert {draw.crop.flip for draw in draws} == {True, False}
-    posteriors = encoder._encode_images(draws, keep=True)
-    assert len(encoder._posteriors) == 2
-    flipped = [posterior for posterior, draw in zip(posteriors, draws, strict=True) if draw.crop.flip]
-    assert all(torch.equal(flipped[0].mean, other.mean) for other in flipped)
+    encoder.prepare(draws)
+    assert len(encoder.posteriors.kept) == 2
+    latents = encoder.posteriors.get({draw.key: draw for draw in draws})
+    plain, flipped = (latents[next(draw.key for draw in draws if draw.crop.flip is flip)] for flip in (False, True))
+    assert not torch.equal(plain.mean, flipped.mean)

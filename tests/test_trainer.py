@@ -91,14 +91,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
 def stop_after(at_work: run.Run, steps: int) -> None:
     """Ctrl-C while the given step is at work."""
-    draw = at_work.trainer._draw
+    update = at_work.trainer._update
 
-    def draw_and_interrupt() -> Any:
+    def interrupted_update() -> Any:
         if at_work.trainer.step == steps - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return draw()
+        return update()
 
-    at_work.trainer._draw = draw_and_interrupt
+    at_work.trainer._update = interrupted_update
     with pytest.raises(run.Stopped):
         at_work.loop()
     assert at_work.trainer.step == steps

@@ -45,6 +45,10 @@ class Prompt:
         columns: Any = {part.name: [getattr(prompt, part.name) for prompt in prompts] for part in fields(cls)}
         return cls(**{name: torch.cat(column) for name, column in columns.items() if column[0] is not None})
 
+    def to(self, device: torch.device | str) -> Prompt:
+        parts: Any = {part.name: getattr(self, part.name) for part in fields(self)}
+        return Prompt(**{name: part.to(device) for name, part in parts.items() if part is not None})
+
     def last(self, count: int) -> Prompt:
         """The last captions alone."""
         parts: Any = {part.name: getattr(self, part.name) for part in fields(self)}
@@ -95,6 +99,7 @@ class Family(ABC):
         self.pipeline = pipeline
         self.objective = objective
         self.source = source
+        self.resting: tuple[str, ...] = ()  # parts that wait on the CPU
         for part in self.parts():
             part.requires_grad_(False).eval()
         pool_at_the_end(pipeline)
@@ -157,7 +162,17 @@ class Family(ABC):
         return (part for part in self.pipeline.components.values() if isinstance(part, nn.Module))
 
     def to(self, device: torch.device) -> None:
+        self.resting = ()
         self.pipeline.to(device)
+
+    def rest(self, names: Sequence[str]) -> None:
+        """Keep parts that no step needs off the device, but while pictures are drawn."""
+        self.resting = tuple(names)
+        self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        for name in self.resting:
+            getattr(self.pipeline, name).to(device)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Posterior:
@@ -213,11 +228,13 @@ class Family(ABC):
         """The trained modules as they are used: no dropout, no gradients, and the random state left alone."""
         was_training = {part: part.training for part in self.parts()}
         with torch.random.fork_rng(), torch.no_grad():
+            self._move(self.device)
             for part in was_training:
                 part.eval()
             try:
                 yield
             finally:
+                self._move(torch.device("cpu"))
                 for part, training in was_training.items():
                     part.train(training)
 
