@@ -35,6 +35,8 @@ class BaseConfig(Section):
     """How it is built; `auto` reads it from the checkpoint."""
     dtype: Precision | Literal["auto"] = "auto"
     """Precision of what stays frozen; `auto` is that of train.precision."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Keep the denoiser and T5-sized text encoders in 4 or 8 bits a weight, for less memory."""
 
     @model_validator(mode="after")
     def _check(self) -> BaseConfig:
@@ -87,6 +89,8 @@ class Recipe(Section, Generic[M]):
     @model_validator(mode="after")
     def _check(self) -> Recipe[M]:
         problems = self._check_words() + self._check_rates()
+        if self.base.quantize is not None and not self.method.takes_quantized:
+            problems.append("base.quantize: the method needs the base's weights as they are. Remove it.")
         if problems:
             raise UserError(problems)
         return self

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from finetune import __version__, checkpoint
+from finetune.architectures import from_pipeline
 from finetune.card import write_card
 from finetune.dataset import Picture, Pictures
 from finetune.errors import UserError
@@ -28,6 +29,7 @@ from finetune.grid import make_grid
 from finetune.load import load_adapters
 from finetune.plan import check
 from finetune.prior import make_prior
+from finetune.quantize import quantize
 from finetune.quiet import quiet_loading
 from finetune.recipe import Recipe, known_families
 from finetune.render import file_name, render, use_ddim
@@ -124,6 +126,8 @@ def load_family(recipe: Recipe[Any]) -> Family:
             hint = " Without the Hub, set base.config to a folder in diffusers' layout of the same architecture."
         raise UserError(f"base.source: {source.path} cannot be loaded: {' '.join(str(error).split())}{hint}") from error
     _check_size(recipe, family)
+    if recipe.base.quantize is not None:
+        quantize(family, recipe.base.quantize)
     use_ddim(family.pipeline, zero_terminal_snr=recipe.train.zero_terminal_snr)
     return family
 
@@ -335,6 +339,7 @@ class Run:
             "finetune_version": __version__,
             "base": recipe.base.source,
             "base_fingerprint": self.family.fingerprint,
+            "architecture": from_pipeline(self.family.pipeline) or "unknown",
             "method": recipe.method.name,
             "trigger": recipe.placeholder,
             "steps": str(self.trainer.step),

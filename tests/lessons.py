@@ -59,7 +59,7 @@ def name(case: tuple[str, ...]) -> str:
 
 
 def recipe(
-    base: Path, output: Path, method: str, way: str | dict[str, Any], pictures: Path | None = None, **sections: Any
+    base: Path, output: Path, method: str, way: str | dict[str, Any], pictures: Path | None = None, /, **sections: Any
 ) -> Recipe[Any]:
     """Four steps of two pictures at a rate that moves things; `sections` are merged over it."""
     settings = WAYS[method][way] if isinstance(way, str) else way

@@ -24,8 +24,8 @@ def prepare(base: Path, output: Path, **settings: Any) -> run.Run:
 
 
 def train_to_float16(base: Path, output: Path, train: dict[str, Any], **settings: Any) -> run.Result:
-    recipe = lessons.recipe(base, output, "lora", at_toy_size(settings), train=train)
-    return run.train(recipe.model_copy(update={"output": recipe.output.model_copy(update={"dtype": "float16"})}))
+    half = {"dtype": "float16"}
+    return run.train(lessons.recipe(base, output, "lora", at_toy_size(settings), train=train, output=half))
 
 
 def at_toy_size(settings: dict[str, Any]) -> dict[str, Any]:

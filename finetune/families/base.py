@@ -91,6 +91,7 @@ class Family(ABC):
     attention: ClassVar[tuple[str, ...]]  # suffixes of the attention projections
     feed_forward: ClassVar[tuple[str, ...]]  # suffixes of the feed-forward layers
     text_lora: ClassVar[tuple[str, ...]]  # text encoders for which the pipeline loads a LoRA
+    heavy: ClassVar[tuple[str, ...]] = ()  # text encoders of billions of weights, quantised where the denoiser is
     text_attention: ClassVar[tuple[str, ...]] = CLIP_ATTENTION  # suffixes of their attention projections
     size_multiple: ClassVar[int] = 1  # of the latents' height and width
     vae_overflows: ClassVar[bool] = False  # in float16
@@ -155,8 +156,8 @@ class Family(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The denoiser's own precision, whatever its adapters have."""
-        return next(self.denoiser.parameters()).dtype
+        """The denoiser's own precision, whatever its adapters have and its linear layers are packed in."""
+        return next(part.dtype for part in self.denoiser.parameters() if part.is_floating_point())
 
     def parts(self) -> Iterator[nn.Module]:
         return (part for part in self.pipeline.components.values() if isinstance(part, nn.Module))
@@ -269,6 +270,8 @@ def detect(source: Source) -> str:
         UserError: there is none at the source.
     """
     kind = _single_file_kind(source) if source.is_single_file else _pipeline_class(source)
+    if source.is_single_file and source.config is not None:  # names and shapes in a file can fit several models
+        kind = _pipeline_class(Source(source.config))
     for name in families.names():
         if kind == families[name].pipeline_class or kind in families[name].single_files:
             return name

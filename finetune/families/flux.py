@@ -26,6 +26,7 @@ class Flux(Family):
     word_keys = {"text_encoder": "clip_l", "text_encoder_2": "t5"}
     attention = JOINT_ATTENTION
     feed_forward = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+    heavy = ("text_encoder_2",)
     text_lora = ("text_encoder",)
     size_multiple = 2
 

@@ -29,6 +29,7 @@ class StableDiffusion3(Family):
     word_keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
     attention = JOINT_ATTENTION
     feed_forward = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    heavy = ("text_encoder_3",)
     text_lora = ("text_encoder", "text_encoder_2")
     size_multiple = 2
 

@@ -25,6 +25,7 @@ class ZImage(Family):
     word_keys = {"text_encoder": "qwen3"}
     attention = ("to_q", "to_k", "to_v", "to_out.0")
     feed_forward = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    heavy = ("text_encoder",)
     text_lora = ()
     size_multiple = 2
 

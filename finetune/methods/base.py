@@ -64,6 +64,11 @@ class Method(Section, ABC):
         return False
 
     @property
+    def takes_quantized(self) -> bool:
+        """Whether it learns beside the base's weights alone, whatever they are packed in."""
+        return True
+
+    @property
     def prior_half(self) -> Prior | None:
         """What is trained beside the concept so that its class stays what it was."""
         return None

@@ -47,6 +47,10 @@ class DreamBooth(LoRA):
         return self.denoiser == "whole"
 
     @property
+    def takes_quantized(self) -> bool:
+        return self.denoiser == "lora" and super().takes_quantized
+
+    @property
     def prior_half(self) -> Prior | None:
         if self.prior == "none" or self.class_prompt is None:
             return None

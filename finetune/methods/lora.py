@@ -62,6 +62,10 @@ class LoRA(Method):
     def trains_text(self) -> bool:
         return self.text_encoder
 
+    @property
+    def takes_quantized(self) -> bool:
+        return self.variant in ("lora", "rslora", "dora")
+
     def problems(self) -> list[str]:
         problems = []
         if self.text_encoder_learning_rate is not None and not self.text_encoder:

@@ -1,0 +1,74 @@
+"""A base in 4 or 8 bits: smaller, and taught as any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lessons
+import pytest
+import tiny
+import torch
+from bitsandbytes import nn as bnb
+
+from finetune import run
+from finetune.errors import UserError
+
+KINDS = {"nf4": (bnb.Linear4bit, torch.uint8), "int8": (bnb.Linear8bitLt, torch.int8)}
+WAYS = {
+    "lora": ("lora", {"rank": 2}),
+    "dora": ("lora", {"rank": 2, "variant": "dora"}),
+    "word": ("textual_inversion", {"init": "thing"}),
+    "dreambooth": ("dreambooth", {"rank": 2, "prior": "prediction", "class_prompt": "a thing"}),
+}
+
+
+def recipe(base: Path, output: Path, way: str, to: str, precision: str = "no") -> Any:
+    method, settings = WAYS[way]
+    return lessons.recipe(base, output, method, settings, base={"quantize": to}, train={"precision": precision})
+
+
+# On a CPU, peft loses the scales of 8 bits when it reads a weight for DoRA a second time; a GPU has another way.
+CASES = [(way, to) for way in WAYS for to in KINDS if (way, to) != ("dora", "int8")]
+
+
+@pytest.mark.parametrize(("way", "to"), CASES)
+@pytest.mark.parametrize("family", tiny.BASES)
+def test_every_family_learns_on_a_quantised_base(way: str, family: str, to: str, base_folder: Any, tmp_path: Path):
+    at_work = run.prepare(recipe(base_folder(family), tmp_path, way, to))
+    kind, packed = KINDS[to]
+    for name in (at_work.family.denoiser_name, *at_work.family.heavy):
+        part = getattr(at_work.family.pipeline, name)
+        found = [module for module in part.modules() if isinstance(module, kind)]
+        assert found and all(module.weight.dtype == packed for module in found)
+    before = {name: value.clone() for name, value in at_work.family.denoiser.named_parameters()}
+    at_work.loop()
+    trained = {name for name, value in at_work.family.denoiser.named_parameters() if value.requires_grad}
+    moved = {name for name, value in at_work.family.denoiser.named_parameters() if not torch.equal(value, before[name])}
+    assert moved <= trained and len(moved) >= 0.9 * len(trained)
+    assert at_work.finish().verdict.error < 0.005
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_a_quantised_base_predicts_about_what_the_base_does(to: str, base_folder: Any, tmp_path: Path):
+    at_work = run.prepare(recipe(base_folder("stable_diffusion"), tmp_path, "lora", to, precision="bf16"))
+    plain = at_work.recipe.model_copy(update={"base": at_work.recipe.base.model_copy(update={"quantize": None})})
+    expected, found = at_work.probe(run.load_family(plain)), at_work.probe(at_work.family)
+    error = float((found - expected).norm() / expected.norm())
+    assert 0 < error < {"nf4": 0.1, "int8": 0.02}[to]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("dreambooth", {"denoiser": "whole", "prior": "none"}),
+        ("lora", {"variant": "pissa"}),
+        ("lora", {"variant": "loha"}),
+        ("lora", {"variant": "lokr"}),
+    ],
+)
+def test_what_changes_or_reads_the_weights_themselves_is_refused(
+    method: str, settings: dict[str, Any], base_folder: Any, tmp_path: Path
+):
+    with pytest.raises(UserError, match=r"base\.quantize: the method needs the base's weights as they are"):
+        lessons.recipe(base_folder("stable_diffusion"), tmp_path, method, settings, base={"quantize": "nf4"})
