@@ -137,6 +137,9 @@ ROLES = {
     **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "t1", "w2", "w2_a", "w2_b", "t2")},
 }
 ENDING = re.compile("(" + "|".join(re.escape(ending) for ending in sorted(ROLES, key=len, reverse=True)) + ")$")
+# Changes of biases and norms, and those of them that are differences, so that zeros change nothing.
+NO_FACTOR = re.compile(r"\.(diff|diff_b|bias|scale)$")
+DIFFERENCE = re.compile(r"\.(diff|diff_b|lora_B\.bias)$")
 Roles = dict[str, Tensor]
 
 
@@ -155,13 +158,16 @@ def by_layer(tensors: Tensors) -> dict[str, Roles]:
     strange = []
     for name, tensor in tensors.items():
         found = ENDING.search(name)
-        if found is None:
-            strange.append(name)
-        else:
+        if found is not None:
             layers.setdefault(name[: found.start()], {})[ROLES[found[0]]] = tensor
+        elif DIFFERENCE.search(name) is None or tensor.any():
+            strange.append(name)
     if strange:
+        example = repr(strange[0])
+        if all(NO_FACTOR.search(name) for name in strange):
+            example += ": it changes biases or norms, too"
         raise UserError(
-            f"{len(strange)} of {len(tensors)} tensors are no part of a low-rank adapter, such as {strange[0]!r}"
+            f"{len(strange)} of {len(tensors)} tensors are no part of a low-rank adapter, such as {example}"
         )
     return layers
 
@@ -176,6 +182,8 @@ def to_update(name: str, roles: Roles, kernel: int = 0) -> Update:
         factors, rank, kind = _factors(roles)
     except KeyError as error:
         raise UserError(f"{name}: {error.args[0]} is missing beside {', '.join(sorted(roles))}") from None
+    except UserError as error:
+        raise UserError(f"{name}: {problem}" for problem in error.problems) from None
     except (RuntimeError, IndexError):
         shapes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in sorted(roles.items()))
         raise UserError(f"{name}: factors that do not fit each other: {shapes}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.adapter import Update
 from finetune.errors import UserError, did_you_mean
@@ -84,6 +85,14 @@ def from_header(header: Mapping[str, str]) -> str | None:
             if value.startswith(spelling):
                 return architecture
     return None
+
+
+def from_pipeline(pipeline: Any) -> str | None:
+    """By the class of a pipeline of diffusers and, where several models share one, by the prompt's width."""
+    fitting = [name for name, known in ARCHITECTURES.items() if known.pipeline == type(pipeline).__name__]
+    if len(fitting) > 1:
+        return PROMPT_WIDTHS.get(pipeline.unet.config.cross_attention_dim, fitting[0])
+    return fitting[0] if fitting else None
 
 
 def from_names(names: Iterable[str]) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.architectures import ARCHITECTURES, from_header
 from finetune.export import LORA_FILE, WORDS_FILE, Verdict
 from finetune.files import read_shapes
 
@@ -18,11 +19,11 @@ TEXT = """# {name}
 {pictures}Taught with {method} on {num_pictures} pictures, {steps} steps. Write **`{trigger}`** in a prompt to get it.
 
 ```python
-import torch
-from diffusers import DiffusionPipeline
+{imports}import torch
+from diffusers import {pipeline}
 
 folder = "."  # where this file lies
-pipeline = DiffusionPipeline.from_pretrained({base!r})
+pipeline = {pipeline}.{opening}
 {loaders}
 picture = pipeline({prompt!r}, generator=torch.Generator().manual_seed(0)).images[0]
 ```
@@ -58,6 +59,8 @@ def write_card(
         tags=["text-to-image", "diffusers", *_tags(files), recipe.method.name],
         widget=widget(folder, [recipe.fill(prompt) for prompt in recipe.validation.prompts]),
     )
+    pipeline, opening = _opening(recipe, files[0])
+    loaders = "\n".join(map(_loader, files))
     text = TEXT.format(
         name=recipe.name,
         pictures=PICTURES if recipe.validation.prompts else "",
@@ -66,7 +69,10 @@ def write_card(
         steps=recipe.train.steps,
         trigger=recipe.placeholder,
         base=recipe.base.source,
-        loaders="\n".join(map(_loader, files)),
+        pipeline=pipeline,
+        opening=opening,
+        imports="import finetune.load\n" if "finetune.load" in loaders else "",
+        loaders=loaders,
         prompt=prompts[0],
         files="\n".join(f"| `{file.name}` | {file.stat().st_size / 1000:,.1f} kB |" for file in files),
         fingerprint=fingerprint,
@@ -94,13 +100,34 @@ def widget(folder: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
+def _opening(recipe: Recipe[Any], file: Path) -> tuple[str, str]:
+    """The class that opens the base, and how."""
+    source, config = recipe.base.source, recipe.base.config
+    architecture = from_header(read_shapes(file)[1])
+    if architecture is None or not source.endswith(".safetensors"):
+        return "DiffusionPipeline", f"from_pretrained({source!r})"
+    return ARCHITECTURES[
+        architecture
+    ].pipeline, f"from_single_file({source!r}{f', config={config!r}' if config else ''})"
+
+
 def _loader(file: Path) -> str:
     if file.name == LORA_FILE:
         return f'pipeline.load_lora_weights(folder, weight_name="{file.name}")'
-    if len(read_shapes(file)[0]) == 1:
+    names, header = read_shapes(file)
+    if len(names) == 1 and _loads_words(from_header(header)):
         return f'pipeline.load_textual_inversion(folder, weight_name="{file.name}")'
-    # diffusers reads a file of one encoder's vectors alone.
-    return f'finetune.load.load_adapters(pipeline, ["{file.name}"])  # import finetune.load'
+    # diffusers reads a file of one encoder's vectors alone, and of some models none.
+    return f'finetune.load.load_adapters(pipeline, [f"{{folder}}/{file.name}"])'
+
+
+def _loads_words(architecture: str | None) -> bool:
+    """Whether diffusers has a loader of words for the model; most have one."""
+    import diffusers
+
+    return architecture is None or hasattr(
+        getattr(diffusers, ARCHITECTURES[architecture].pipeline), "load_textual_inversion"
+    )
 
 
 def _tags(files: Sequence[Path]) -> list[str]:

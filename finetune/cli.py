@@ -157,12 +157,21 @@ def show(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    memory: Annotated[bool, typer.Option("--memory", help="And the GPU memory that it needs.")] = False,
+) -> None:
     """The recipe and its pictures, before any model is loaded."""
     loaded = _load(recipe, overrides)
     from finetune.plan import check
 
-    _print_plan(loaded, check(loaded))
+    _print_plan(loaded, pictures := check(loaded))
+    if memory:
+        from finetune.memory import estimate, table
+
+        captions = [caption for picture in pictures for caption in picture.captions]
+        print(*table(estimate(loaded, captions)), sep="\n")
 
 
 @app.command()
@@ -206,6 +215,7 @@ def merge(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]...", help="Files or runs' folders.")],
     output: Annotated[Path, typer.Option(help="A file; with --base, a folder.")],
     base: Annotated[str | None, typer.Option(help="Merge into this base, and write a full pipeline.")] = None,
+    config: Annotated[str | None, typer.Option(help="Of a base in one file: where its configs are.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Keep the best of this rank. Default: all, exactly.")] = None,
     to: Annotated[str, typer.Option(help="The file's format: diffusers or kohya.")] = "diffusers",
     overwrite: Overwrite = False,
@@ -220,7 +230,7 @@ def merge(
     lines = (
         merge(given, output, rank=rank, to=to, overwrite=overwrite)
         if base is None
-        else merge_into_base(given, base, output, overwrite=overwrite)
+        else merge_into_base(given, base, output, config=config, overwrite=overwrite)
     )
     print(*lines, sep="\n")
 
@@ -237,7 +247,7 @@ def resize(
 
 @app.command()
 def extract(
-    tuned: Annotated[Path, typer.Argument(help="A full checkpoint: a folder in diffusers' layout.")],
+    tuned: Annotated[Path, typer.Argument(help="A full checkpoint: a folder in diffusers' layout, or one file.")],
     base: Annotated[Path, typer.Argument(help="What it was trained from.")],
     output: Annotated[Path, typer.Option(help="The small file.")],
     rank: Rank = None,

@@ -14,6 +14,7 @@ from finetune.batch import Batch
 from finetune.families.base import Family
 from finetune.files import write_tensors
 from finetune.lowrank import LowRank
+from finetune.originals import clip_name
 from finetune.student import predict
 from finetune.vocabulary import words
 
@@ -30,17 +31,10 @@ def save(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype, header: 
 
 def save_lora(parts: Mapping[str, LowRank], folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> Path:
     """Factors of the denoiser and the text encoders in diffusers' format; as their scale is 1, alpha is the rank."""
-    weights = {
-        f"{part}.{_canonical(part, name)}": factor for part, found in parts.items() for name, factor in found.items()
-    }
+    weights = {f"{part}.{clip_name(name)}": factor for part, found in parts.items() for name, factor in found.items()}
     ranks = sorted({len(factor) for name, factor in weights.items() if name.endswith(".lora_A.weight")})
     rank = f"{ranks[0]}..{ranks[-1]}" if ranks[1:] else str(ranks[0])
     return save(weights, folder / LORA_FILE, dtype, {**header, "rank": rank, "alpha": rank})
-
-
-def _canonical(part: str, name: str) -> str:
-    """transformers 5.6 dropped `text_model.` from CLIP's module names; every other tool still expects it."""
-    return f"text_model.{name}" if part.startswith("text_encoder") and name.startswith("encoder.") else name
 
 
 def save_words(family: Family, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:

@@ -77,10 +77,9 @@ def _base_of(adapters: Sequence[Adapter]) -> str:
 
 def _open(base: str, revision: str | None, config: str | None, adapters: Sequence[Adapter], task: Task) -> Any:
     """The task's pipeline of a base, with adapters in it, on the fastest device."""
-    quiet_loading()
     read = {file: read_shapes(file) for adapter in adapters for file in adapter.files()}
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    loaded = _load(Source(base, revision, dtype, config))
+    loaded = load_base(Source(base, revision, dtype, config))
     use_ddim(loaded, zero_terminal_snr=any(header.get("zero_terminal_snr") == "true" for _, header in read.values()))
     pipeline = task.switch(loaded)
     if hasattr(pipeline, "unet") and pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
@@ -93,22 +92,35 @@ def _open(base: str, revision: str | None, config: str | None, adapters: Sequenc
     return load_adapters(pipeline, adapters).to(device)
 
 
-def _load(source: Source) -> Any:
-    """A text-to-image pipeline of one of the families, or whatever other pipeline the checkpoint names."""
+def load_base(source: Source, *, every_part: bool = False) -> Any:
+    """A text-to-image pipeline of one of the families, or whatever other pipeline the checkpoint names.
+
+    Args:
+        every_part: also what is not needed for a picture, such as a safety checker.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    quiet_loading()
     try:
         name = detect(source)
-        if name in families.names():
+        if name in families.names() and (source.is_single_file or not every_part):
             return families[name].load(source, min_snr_gamma=None, zero_terminal_snr=False).pipeline
+        if source.is_single_file:
+            raise UserError(f"it is a {name}, which no family here is made for")
         return DiffusionPipeline.from_pretrained(
             source.path, revision=source.revision, dtype=source.dtype, use_safetensors=True
         )
     except UserError as error:
-        reason = str(error).removeprefix(f"base.source: {source.path} ")
-        raise UserError(f"--base: {source.path} cannot be loaded: it {reason}") from None
+        reason = str(error).removeprefix("base.source: ")
+        raise UserError(f"--base: {source.path} cannot be loaded: {reason}") from None
     except Exception as error:  # a broken folder fails in as many ways as it has files
-        raise UserError(f"--base: {source.path} cannot be loaded: {' '.join(str(error).split())}") from error
+        needs_configs = source.is_single_file and source.config is None
+        hint = " Without the Hub, name a folder in diffusers' layout of its architecture with --config."
+        reason = " ".join(str(error).split()) + (hint if needs_configs else "")
+        raise UserError(f"--base: {source.path} cannot be loaded: {reason}") from error
 
 
 def generate_files(

@@ -17,7 +17,6 @@ from finetune.formats.base import PICKLES, parse, recognise
 
 # Tensors that only such a checkpoint has, in the order in which they are looked for.
 CHECKPOINTS = {
-    r"\.processor\.(qkv|proj)_lora\d": ("flux", "a LoRA of XLabs, which diffusers loads and `convert` does not read"),
     r"^conditioner\.embedders\.": ("sdxl", "a full checkpoint in one file"),
     r"^cond_stage_model\.model\.": ("sd2", "a full checkpoint in one file"),
     r"^cond_stage_model\.": ("sd1", "a full checkpoint in one file"),
@@ -89,17 +88,23 @@ def _folder(path: Path) -> dict[str, Any]:
 
 def _checkpoint(shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, str]) -> dict[str, Any]:
     """A file that is no adapter."""
-    count = sum(math.prod(shape) for shape in shapes.values())
+    what, architecture = checkpoint(shapes, header)
+    count = {"tensors": len(shapes), "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}"}
+    if what is None:
+        return {"format": "unknown", **count, "names": sorted(shapes)[:5]}
+    return {
+        "format": what,
+        "architecture": ARCHITECTURES[architecture].title if architecture else "unknown",
+        **count,
+    }
+
+
+def checkpoint(shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """What a file of whole weights is, and for which architecture; None where its names do not tell."""
     for pattern, (architecture, what) in CHECKPOINTS.items():
         if any(re.search(pattern, name) for name in shapes):
-            found = architecture or from_header(header) or from_names(shapes) or _from_shapes(shapes)
-            return {
-                "format": what,
-                "architecture": ARCHITECTURES[found].title if found else "unknown",
-                "tensors": len(shapes),
-                "parameters": f"{count:,}",
-            }
-    return {"format": "unknown", "tensors": len(shapes), "parameters": f"{count:,}", "names": sorted(shapes)[:5]}
+            return what, architecture or from_header(header) or from_names(shapes) or _from_shapes(shapes)
+    return None, None
 
 
 def _from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from finetune.adapter import AdapterWeights, Update
 from finetune.errors import UserError
+from finetune.families.base import Source
 from finetune.files import whole
 from finetune.formats import read, write
 from finetune.load import Adapter, load_adapters
@@ -93,24 +94,23 @@ def _common_header(given: Sequence[tuple[AdapterWeights, float]]) -> dict[str, s
     return {**common, "method": "merge"} | ({"trigger": ", ".join(dict.fromkeys(words))} if words else {})
 
 
-def merge_into_base(adapters: Sequence[Adapter], base: str, output: Path, *, overwrite: bool = False) -> list[str]:
+def merge_into_base(
+    adapters: Sequence[Adapter], base: str, output: Path, *, config: str | None = None, overwrite: bool = False
+) -> list[str]:
     """A full pipeline with the adapters in its weights, as a folder in diffusers' layout.
+
+    Args:
+        base: a folder, model of the Hub or file; `config` is where the configs of a base in a single file are.
 
     Raises:
         UserError: the base cannot be loaded, or an adapter is not for it.
     """
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from finetune.generate import load_base
 
-    from finetune.quiet import quiet_loading
-
-    quiet_loading()
     if output.suffix:
         raise UserError(f"--output {output}: with --base it is a folder")
     with whole(output, overwrite=overwrite) as unfinished:
-        try:
-            pipeline: Any = DiffusionPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
-        except Exception as error:  # a broken folder fails in as many ways as it has files
-            raise UserError(f"--base: {base} cannot be loaded: {' '.join(str(error).split())}") from error
+        pipeline = load_base(Source(base, config=config), every_part=True)
         dtype = stored_dtype(Path(base))
         load_adapters(pipeline, adapters)
         if pipeline.get_list_adapters():
@@ -121,11 +121,13 @@ def merge_into_base(adapters: Sequence[Adapter], base: str, output: Path, *, ove
 
 
 def stored_dtype(base: Path) -> torch.dtype:
-    """The precision that a base's denoiser is kept in; float32 where the folder is not local."""
+    """The precision that most of a base's denoiser is kept in; float32 where it is not local."""
     from safetensors import safe_open
 
-    for file in sorted(base.glob("unet/*.safetensors")) + sorted(base.glob("transformer/*.safetensors")):
+    folders = ("unet/*.safetensors", "transformer/*.safetensors")
+    counted: Counter[str] = Counter()
+    for file in [base] if base.is_file() else [file for folder in folders for file in base.glob(folder)]:
         with safe_open(file, framework="pt") as weights:
-            names = {"F16": torch.float16, "BF16": torch.bfloat16}
-            return names.get(weights.get_slice(next(iter(weights.keys()))).get_dtype(), torch.float32)
-    return torch.float32
+            counted.update(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
+    names = {"F16": torch.float16, "BF16": torch.bfloat16}
+    return names.get(counted.most_common(1)[0][0], torch.float32) if counted else torch.float32

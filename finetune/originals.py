@@ -31,10 +31,16 @@ FLUX = {
     "double_blocks.*.img_mlp.2": "transformer_blocks.*.ff.net.2",
     "double_blocks.*.txt_mlp.0": "transformer_blocks.*.ff_context.net.0.proj",
     "double_blocks.*.txt_mlp.2": "transformer_blocks.*.ff_context.net.2",
+    "double_blocks.*.img_attn.norm.query_norm": "transformer_blocks.*.attn.norm_q",
+    "double_blocks.*.img_attn.norm.key_norm": "transformer_blocks.*.attn.norm_k",
+    "double_blocks.*.txt_attn.norm.query_norm": "transformer_blocks.*.attn.norm_added_q",
+    "double_blocks.*.txt_attn.norm.key_norm": "transformer_blocks.*.attn.norm_added_k",
     "double_blocks.*.img_mod.lin": "transformer_blocks.*.norm1.linear",
     "double_blocks.*.txt_mod.lin": "transformer_blocks.*.norm1_context.linear",
     "single_blocks.*.linear1": "single_transformer_blocks.*.{attn.to_q,attn.to_k,attn.to_v,proj_mlp}",
     "single_blocks.*.linear2": "single_transformer_blocks.*.proj_out",
+    "single_blocks.*.norm.query_norm": "single_transformer_blocks.*.attn.norm_q",
+    "single_blocks.*.norm.key_norm": "single_transformer_blocks.*.attn.norm_k",
     "single_blocks.*.modulation.lin": "single_transformer_blocks.*.norm.linear",
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -51,6 +57,12 @@ SD3 = {
     "joint_blocks.*.x_block.attn.qkv": f"transformer_blocks.*.attn.{QKV}",
     "joint_blocks.*.x_block.attn2.qkv": f"transformer_blocks.*.attn2.{QKV}",
     "joint_blocks.*.context_block.attn.qkv": f"transformer_blocks.*.attn.{ADDED_QKV}",
+    "joint_blocks.*.x_block.attn.ln_q": "transformer_blocks.*.attn.norm_q",
+    "joint_blocks.*.x_block.attn.ln_k": "transformer_blocks.*.attn.norm_k",
+    "joint_blocks.*.x_block.attn2.ln_q": "transformer_blocks.*.attn2.norm_q",
+    "joint_blocks.*.x_block.attn2.ln_k": "transformer_blocks.*.attn2.norm_k",
+    "joint_blocks.*.context_block.attn.ln_q": "transformer_blocks.*.attn.norm_added_q",
+    "joint_blocks.*.context_block.attn.ln_k": "transformer_blocks.*.attn.norm_added_k",
     "joint_blocks.*.x_block.attn.proj": "transformer_blocks.*.attn.to_out.0",
     "joint_blocks.*.x_block.attn2.proj": "transformer_blocks.*.attn2.to_out.0",
     "joint_blocks.*.context_block.attn.proj": "transformer_blocks.*.attn.to_add_out",
@@ -75,20 +87,42 @@ Z_IMAGE = {
     for original, name in {
         "attention.qkv": f"attention.{QKV}",
         "attention.out": "attention.to_out.0",
+        "attention.q_norm": "attention.norm_q",
+        "attention.k_norm": "attention.norm_k",
         **{same: same for same in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")},
+        **{same: same for same in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")},
     }.items()
 } | {
     "x_embedder": "all_x_embedder.2-1",
     "final_layer.linear": "all_final_layer.2-1.linear",
     "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
-    **{same: same for same in ("cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2")},
+    **{same: same for same in ("cap_embedder.0", "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2")},
 }
-TABLES = {"flux": FLUX, "sd3": SD3, "z_image": Z_IMAGE}
+# CLIP as OpenCLIP has it: the encoder of Stable Diffusion 2 and the second of SDXL.
+OPEN_CLIP = {
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "positional_embedding": "text_model.embeddings.position_embedding",
+    "ln_final": "text_model.final_layer_norm",
+    "text_projection": "text_projection",
+    **{
+        f"transformer.resblocks.*.{original}": f"text_model.encoder.layers.*.{name}"
+        for original, name in {
+            "attn.in_proj": "self_attn.{q_proj,k_proj,v_proj}",
+            "attn.out_proj": "self_attn.out_proj",
+            "mlp.c_fc": "mlp.fc1",
+            "mlp.c_proj": "mlp.fc2",
+            "ln_1": "layer_norm1",
+            "ln_2": "layer_norm2",
+        }.items()
+    },
+}
+TABLES = {"flux": FLUX, "sd3": SD3, "z_image": Z_IMAGE, "open_clip": OPEN_CLIP}
 
 # UNets: Stable Diffusion's original blocks, of SDXL above all. Every level of diffusers is three of them.
 LEVEL = 3
 UNET_TOP = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -96,6 +130,8 @@ UNET_TOP = {
     "add_embedding.linear_2": "label_emb.0.2",
 }
 UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
@@ -120,17 +156,44 @@ def dotted(name: str) -> str:
     return COMPOUNDS.sub(lambda found: found[0].replace("_", "\0"), name).replace("_", ".").replace("\0", "_")
 
 
+def clip_name(name: str) -> str:
+    """transformers 5.6 dropped `text_model.` from the names in CLIP; files and every other tool still have it."""
+    return f"text_model.{name}" if name.startswith(("encoder.layers.", "embeddings.", "final_layer_norm.")) else name
+
+
 def in_diffusers(name: str, architecture: str | None) -> tuple[str, ...]:
     """An original or a diffusers name, its dots underscores or not, to the names of diffusers that it stands for."""
     flat = name.replace(".", "_")
-    number = re.search(r"(?<=_)\d+(?=_)", flat)
-    starred = flat if number is None else f"{flat[: number.start()]}*{flat[number.end() :]}"
+    starred, number = _starred(flat)
     for original, names in TABLES.get(architecture or "", {}).items():
         if original.replace(".", "_") == starred:
-            return tuple(layer.replace("*", number[0] if number else "*") for layer in _expand(names))
-    if re.match(r"(input|output|middle)_block|(time|label)_emb(ed)?_\d|out_2$", flat):
+            return tuple(layer.replace("*", number) for layer in _expand(names))
+    if re.match(r"(input|output|middle)_block|(time|label)_emb(ed)?_\d|out_[02]$", flat):
         return (_unet_in_diffusers(flat),)
     return (name if "." in name else dotted(flat),)
+
+
+def in_original(name: str, architecture: str) -> tuple[str, tuple[str, ...]]:
+    """A layer of diffusers under its original name, and all the layers of diffusers that lie there.
+
+    Raises:
+        UserError: it has no original.
+    """
+    if architecture == "sdxl":
+        return unet_original(name), (name,)
+    if architecture not in TABLES:
+        return name, (name,)
+    starred, number = _starred(name)
+    for original, names in TABLES[architecture].items():
+        if starred in (layers := _expand(names)):
+            return original.replace("*", number), tuple(layer.replace("*", number) for layer in layers)
+    raise UserError(f"{name}: the original {architecture} has no such layer")
+
+
+def _starred(name: str) -> tuple[str, str]:
+    """A name with a star for its block's number, and the number, or a star where it has none."""
+    number = re.search(r"(?<=[._])\d+(?=[._])", name)
+    return (name, "*") if number is None else (f"{name[: number.start()]}*{name[number.end() :]}", number[0])
 
 
 def _expand(names: str) -> list[str]:
@@ -190,14 +253,11 @@ def split(update: Update, original: str, names: Sequence[str]) -> dict[str, Upda
     and of columns that are shared, all. One that nothing reaches is left out. The scale stays
     what it was: it belongs to each column, however many are kept.
     """
-    if _swapped(names[0], update):
+    if swapped(names[0], *_shape(update)):
         update = _swap(update)
     if len(names) == 1:
         return {names[0]: update}
-    width, total = update.down[0].numel(), len(update.up)
-    heights = [width] * 3 + [total - 3 * width] if len(names) == 4 else [total // 3] * 3
-    if sum(heights) != total or min(heights) <= 0:
-        raise UserError(f"{original}: {total} outputs cannot be those of {len(names)} layers of {width} inputs")
+    heights = stacked(original, names, *_shape(update))
     magnitudes = [None] * len(names) if update.magnitude is None else update.magnitude.split(heights)
     parts = {}
     for name, up, magnitude in zip(names, update.up.split(heights), magnitudes, strict=True):
@@ -210,6 +270,22 @@ def split(update: Update, original: str, names: Sequence[str]) -> dict[str, Upda
     return parts
 
 
+def stacked(original: str, names: Sequence[str], num_outputs: int, num_inputs: int) -> list[int]:
+    """How many of an original layer's outputs belong to each of the layers of diffusers that it stacks.
+
+    Raises:
+        UserError: they cannot be shared out.
+    """
+    heights = [num_outputs // len(names)] * len(names)
+    if len(names) == 4:  # beside q, k and v lies the MLP, which is wider
+        heights = [num_inputs] * 3 + [num_outputs - 3 * num_inputs]
+    if sum(heights) != num_outputs or min(heights) <= 0:
+        raise UserError(
+            f"{original}: {num_outputs} outputs cannot be those of {len(names)} layers of {num_inputs} inputs"
+        )
+    return heights
+
+
 def fuse(parts: Mapping[str, Update], original: str, names: Sequence[str]) -> Update:
     """The reverse: exact, with factors that are blocks, or with one `down` where all parts share it.
 
@@ -218,7 +294,7 @@ def fuse(parts: Mapping[str, Update], original: str, names: Sequence[str]) -> Up
     """
     given = [parts[name] for name in names if name in parts]
     if len(names) == 1:
-        return _swap(given[0]) if _swapped(names[0], given[0]) else given[0]
+        return _swap(given[0]) if swapped(names[0], *_shape(given[0])) else given[0]
     magnitudes = [update.magnitude for update in given if update.magnitude is not None]
     if magnitudes and len(magnitudes) < len(names):
         raise UserError(f"{original}: its parts can only be fused as DoRA when all of {', '.join(names)} have one")
@@ -245,16 +321,21 @@ def fuse(parts: Mapping[str, Update], original: str, names: Sequence[str]) -> Up
     return Update(down, up, scale, torch.cat(magnitudes) if magnitudes else None, first.kind)
 
 
-def _swapped(name: str, update: Update) -> bool:
+def swapped(name: str, num_outputs: int, num_inputs: int) -> bool:
     """diffusers has scale and shift of a last norm in the other order; SD3's last block has such a norm, too."""
-    last = name.endswith("norm1_context.linear") and len(update.up) == 2 * update.down.shape[1]
-    return name == "norm_out.linear" or last
+    return name == "norm_out.linear" or (name.endswith("norm1_context.linear") and num_outputs == 2 * num_inputs)
+
+
+def swap(tensor: Tensor) -> Tensor:
+    """The halves in the other order."""
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
+def _shape(update: Update) -> tuple[int, int]:
+    return len(update.up), update.down[0].numel()
 
 
 def _swap(update: Update) -> Update:
-    def swap(tensor: Tensor) -> Tensor:
-        return torch.cat(tensor.chunk(2)[::-1])
-
     return replace(update, up=swap(update.up), magnitude=None if update.magnitude is None else swap(update.magnitude))
 
 
@@ -264,19 +345,5 @@ def originals(layers: Mapping[str, Update], architecture: str) -> dict[str, Upda
     Raises:
         UserError: a layer has no original.
     """
-    if architecture == "sdxl":
-        return {unet_original(name): update for name, update in layers.items()}
-    if architecture not in TABLES:
-        return dict(layers)
-    found: dict[str, tuple[str, ...]] = {}
-    for name in layers:
-        number = re.search(r"(?<=\.)\d+(?=\.)", name)
-        starred = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
-        for original, names in TABLES[architecture].items():
-            if starred in _expand(names):
-                place = number[0] if number else "*"
-                found[original.replace("*", place)] = tuple(layer.replace("*", place) for layer in _expand(names))
-                break
-        else:
-            raise UserError(f"{name}: the original {architecture} has no such layer")
+    found = dict(in_original(name, architecture) for name in layers)
     return {original: fuse(layers, original, names) for original, names in found.items()}

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.adapter import WordVectors
 from finetune.errors import UserError
 from finetune.families.base import Family
+from finetune.formats import read
 from finetune.placeholder import register
 
 
@@ -68,16 +70,16 @@ def _extend(family: Family, name: str, placeholder: str, num_vectors: int, init:
 
 
 def _read_vectors(table: nn.Embedding, file: Path, key: str) -> Tensor:
-    """An embedding file's vectors for one encoder: (n, D), float32."""
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise UserError(f"method.init: {file} does not exist")
-    found = load_file(file)
+    """An embedding file's vectors for one encoder, in whichever format: (n, D), float32."""
+    try:
+        content = read(file)
+    except UserError as error:
+        raise UserError(f"method.init: {problem}" for problem in error.problems) from None
+    found = content.vectors if isinstance(content, WordVectors) else {}
     vectors = found.get(key, next(iter(found.values())) if len(found) == 1 else None)
-    if vectors is None or vectors.shape[-1:] != table.weight.shape[-1:]:
-        raise UserError(f"method.init: {file} holds no embedding of width {table.weight.shape[-1]} for {key}")
-    return vectors.float().reshape(-1, table.weight.shape[-1])
+    if vectors is None or vectors.shape[1] != table.weight.shape[1]:
+        raise UserError(f"method.init: {file} holds no embedding of width {table.weight.shape[1]} for {key}")
+    return vectors.float()
 
 
 def _vectors_of_words(table: nn.Embedding, tokenizer: Any, init: str) -> Tensor:

@@ -245,7 +245,7 @@ def test_extract_refuses_with_words(base_folder: Any, tmp_path: Path):
 
     refuses(other, "do not differ")
     refuses(other, "one of --rank", rank=None)
-    refuses(file, "from_single_file")
+    refuses(file, "no full checkpoint")
     refuses(tmp_path, "no model_index.json")
     save_file({**weights, "conv_in.weight": torch.full_like(weights["conv_in.weight"], float("nan"))}, file)
     refuses(other, "NaN")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-import toys
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 from peft import LoraConfig
 from safetensors import safe_open
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from finetune.adapter import AdapterWeights, Update, WordVectors
 from finetune.errors import UserError
 from finetune.export import save_lora
+from finetune.families.base import families
 from finetune.files import read_shapes
 from finetune.formats import formats, read, to_diffusers, write
-
 from finetune.originals import in_diffusers, originals
 from finetune.variants import adapter_weights
 
@@ -39,9 +39,11 @@ VECTORS = {
     "flux": {"clip_l": torch.randn(2, 768), "t5": torch.randn(2, 4096)},
 }
 
+
 def layers(model: nn.Module, pattern: str = "") -> list[str]:
     kinds = nn.Linear | nn.Conv2d
     return [name for name, module in model.named_modules() if isinstance(module, kinds) and re.search(pattern, name)]
+
 
 @dataclass(frozen=True)
 class Taught:
@@ -56,34 +58,39 @@ class Taught:
         """Of the prediction with a state dict or a file that diffusers loads, relative to what the LoRAs change."""
         given = {"weight_name": adapter.name} if isinstance(adapter, Path) else {}
         self.plain.load_lora_weights(adapter.parent if isinstance(adapter, Path) else adapter, **given)
-        reloaded = toys.predict(self.plain)
+        reloaded = tiny.predict(self.plain)
         self.plain.unload_lora_weights()
         change = float((self.after - self.before).norm())
         assert change > 0.003 * float(self.before.norm())
         return float((reloaded - self.after).norm()) / change
 
-def teach(toy: toys.Toy, pattern: str = "", **settings: Any) -> Taught:
-    pipelines = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        pipelines.append(toy.build())
-    plain, pipeline = pipelines
-    for name in (toy.denoiser, *toy.encoders):
+
+def parts_of(architecture: str) -> tuple[str, ...]:
+    """The denoiser, and the text encoders that a LoRA reaches."""
+    family = families[tiny.DEEP[architecture][0]]
+    return (family.denoiser_name, *family.text_lora)
+
+
+def teach(architecture: str, pattern: str = "", encoders: bool = True, **settings: Any) -> Taught:
+    plain, pipeline = (tiny.DEEP[architecture][1]() for _ in range(2))
+    denoiser, *others = parts_of(architecture)
+    for name in (denoiser, *others) if encoders else (denoiser,):
         part = getattr(pipeline, name)
-        targets = layers(part, pattern if name == toy.denoiser else ATTENTION)
+        targets = layers(part, pattern if name == denoiser else ATTENTION)
         part.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=targets, **settings))
         for key, parameter in part.named_parameters():
             if "lora_B" in key:
                 nn.init.normal_(parameter, std=0.2)
             if "magnitude" in key:
                 parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
-    return Taught(plain, pipeline, toys.predict(plain), toys.predict(pipeline))
+    return Taught(plain, pipeline, tiny.predict(plain), tiny.predict(pipeline))
+
 
 def export(taught: Taught, architecture: str, folder: Path) -> Path:
     """As a run exports it: every scale is 1."""
-    toy = toys.TOYS[architecture]
-    parts = {part: adapter_weights(getattr(taught.pipeline, part)) for part in (toy.denoiser, *toy.encoders)}
+    parts = {part: adapter_weights(getattr(taught.pipeline, part)) for part in parts_of(architecture)}
     return save_lora(parts, folder, torch.float32, {"trigger": "sks", "base": "toy", "architecture": architecture})
+
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -92,11 +99,12 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def make(name: str) -> tuple[Taught, Path]:
         if name not in made:
-            lora = teach(toys.TOYS[name])
+            lora = teach(name)
             made[name] = lora, export(lora, name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return make
+
 
 def at_another_scale(weights: AdapterWeights) -> AdapterWeights:
     """The same updates, in larger weights at a scale of 0.3."""
@@ -106,12 +114,14 @@ def at_another_scale(weights: AdapterWeights) -> AdapterWeights:
     }
     return replace(weights, parts=parts)
 
+
 def read_lora(file: Path, **settings: Any) -> AdapterWeights:
     content = read(file, **settings)
     assert isinstance(content, AdapterWeights)
     return content
 
-@pytest.mark.parametrize("architecture", toys.TOYS)
+
+@pytest.mark.parametrize("architecture", tiny.DEEP)
 @pytest.mark.parametrize("to", LORA_FORMATS)
 def test_a_lora_predicts_the_same_through_every_format(architecture: str, to: str, taught: Any, tmp_path: Path):
     lora, file = taught(architecture)
@@ -123,28 +133,31 @@ def test_a_lora_predicts_the_same_through_every_format(architecture: str, to: st
     assert lora.error(back) < TOLERANCE
     assert read_shapes(back)[0].keys() == read_shapes(file)[0].keys()
 
+
 @pytest.mark.parametrize("architecture", ["sd1", "sdxl", "flux", "z_image"])
 def test_diffusers_own_conversion_of_a_kohya_file_predicts_the_same(architecture: str, tmp_path: Path):
     # diffusers has no loader for kohya's SD3, and expects the width of the real FLUX in its single blocks.
-    lora = teach(toys.TOYS[architecture], f"^transformer_blocks.*{ATTENTION}" if architecture == "flux" else ATTENTION)
+    lora = teach(architecture, f"^transformer_blocks.*{ATTENTION}" if architecture == "flux" else ATTENTION)
     weights = at_another_scale(read_lora(export(lora, architecture, tmp_path)))
     assert lora.error(write(weights, tmp_path / "lora.kohya.safetensors", "kohya")) < TOLERANCE
 
+
 @pytest.mark.parametrize("architecture", ["sd1", "sdxl", "flux", "z_image"])
 def test_a_dora_keeps_its_magnitudes_through_every_format(architecture: str, tmp_path: Path):
-    toy = replace(toys.TOYS[architecture], encoders=())
+    denoiser, *_ = parts_of(architecture)
     # Fused layers can only be DoRAs when all of their parts are.
-    lora = teach(toy, ATTENTION.replace("fc1", "proj_mlp"), use_dora=True)
+    lora = teach(architecture, ATTENTION.replace("fc1", "proj_mlp"), encoders=False, use_dora=True)
     tensors = {}
-    for name, value in getattr(lora.pipeline, toy.denoiser).state_dict().items():
+    for name, value in getattr(lora.pipeline, denoiser).state_dict().items():
         if "lora_" in name:
             plain = name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")
-            tensors[f"{toy.denoiser}.{plain}"] = (value * 0.5 if "lora_B" in name else value).contiguous()
+            tensors[f"{denoiser}.{plain}"] = (value * 0.5 if "lora_B" in name else value).contiguous()
     save_file(tensors, tmp_path / "dora.safetensors", metadata={"architecture": architecture})
     content = read_lora(tmp_path / "dora.safetensors")
     assert content.kind == "DoRA" and lora.error(to_diffusers(content)) < TOLERANCE
     kohya = read_lora(write(at_another_scale(content), tmp_path / "kohya.safetensors", "kohya"))
     assert lora.error(to_diffusers(kohya)) < TOLERANCE
+
 
 @pytest.mark.parametrize("architecture", VECTORS)
 @pytest.mark.parametrize("to", EMBEDDING_FORMATS)
@@ -159,6 +172,7 @@ def test_an_embedding_is_the_same_through_every_format(architecture: str, to: st
     assert (back.word, back.architecture, back.header["base"]) == ("<it>", architecture, "toy")
     assert all(torch.equal(back.vectors[name], vectors) for name, vectors in word.vectors.items())
 
+
 def test_a_pickle_is_read_and_written_only_when_asked(tmp_path: Path):
     word = WordVectors("it", VECTORS["sd1"], "sd1")
     file = write(word, tmp_path / "it.pt", "embedding_a1111")
@@ -170,15 +184,18 @@ def test_a_pickle_is_read_and_written_only_when_asked(tmp_path: Path):
     with pytest.raises(UserError, match=r"written as \.safetensors"):
         write(word, tmp_path / "it.bin.pt", "embedding")
 
+
 class Evil:
     def __reduce__(self) -> Any:
         return print, ("code ran",)
+
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     torch.save({"string_to_param": {"*": Evil()}}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="running code"):
         read(tmp_path / "evil.pt", allow_pickle=True)
     assert "code ran" not in capsys.readouterr().out
+
 
 REAL = {
     "sd1": lambda: UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8),
@@ -198,6 +215,7 @@ REAL = {
     "z_image": lambda: ZImageTransformer2DModel(n_layers=3),
 }
 
+
 @pytest.mark.parametrize("architecture", REAL)
 def test_every_layer_of_the_real_model_has_an_original_and_public_files_name_it_so(architecture: str):
     with torch.device("meta"):
@@ -214,6 +232,7 @@ def test_every_layer_of_the_real_model_has_an_original_and_public_files_name_it_
     back = {layer for name in written for layer in in_diffusers(name.removeprefix("lora_unet_"), architecture)}
     assert back == set(shapes)
 
+
 @pytest.mark.parametrize("architecture", KEYS)
 def test_public_key_lists_are_read_as_what_they_are(architecture: str, tmp_path: Path):
     tensors = {}
@@ -229,7 +248,9 @@ def test_public_key_lists_are_read_as_what_they_are(architecture: str, tmp_path:
     if architecture not in TABLES_FUSED:
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(written).items())
 
+
 TABLES_FUSED = ("flux", "sd3", "z_image")
+
 
 def test_what_kohya_fused_comes_back_exactly_with_as_few_ranks(tmp_path: Path):
     down, up = torch.randn(4, 32), torch.randn(96, 4)
@@ -243,6 +264,7 @@ def test_what_kohya_fused_comes_back_exactly_with_as_few_ranks(tmp_path: Path):
     again = load_file(write(content, tmp_path / "again.safetensors", "kohya"))
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
+
 def test_zero_blocks_are_dropped_when_a_fused_layer_is_split(tmp_path: Path):
     parts = {f"transformer_blocks.0.attn.{name}": Update(torch.randn(rank, 32), torch.randn(32, rank))
              for name, rank in (("to_q", 3), ("to_v", 5))}  # fmt: skip
@@ -251,6 +273,7 @@ def test_zero_blocks_are_dropped_when_a_fused_layer_is_split(tmp_path: Path):
     assert back.keys() == parts.keys()
     assert all(torch.equal(back[name].up, update.up) and torch.equal(back[name].down, update.down)
                for name, update in parts.items())  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("old", "new"),
@@ -274,6 +297,7 @@ def test_older_layouts_of_diffusers_and_peft_are_read(old: str, new: str, tmp_pa
     assert f"{part}.{name}".endswith(new) and update.rank == 2
     assert part == ("transformer" if old.startswith("base") else old.partition(".")[0])
 
+
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
@@ -295,6 +319,7 @@ def test_names_of_comfyui_and_onetrainer_are_read(key: str, expected: str, pair:
     ((part, name, _),) = read_lora(tmp_path / "lora.safetensors").updates()
     assert f"{part}.{name}" == expected
 
+
 def test_alphas_in_the_header_of_diffusers_are_heeded(taught: Any, tmp_path: Path):
     config = {"unet.r": 4, "unet.lora_alpha": 2, "unet.alpha_pattern": {"to_q": 8}, "unet.rank_pattern": {}}
     tensors = {
@@ -312,6 +337,7 @@ def test_alphas_in_the_header_of_diffusers_are_heeded(taught: Any, tmp_path: Pat
     product = both[f"{layer}.lora_B.weight"] @ both[f"{layer}.lora_A.weight"]
     assert torch.equal(product, torch.full((8, 8), 8.0))
 
+
 def test_half_precision_is_kept_and_alpha_is_exact(tmp_path: Path):
     update = Update(torch.randn(96, 32).half(), torch.randn(32, 96).half(), scale=1 / 96)
     weights = AdapterWeights({"unet": {"mid_block.attentions.0.proj_in": update}}, "sd1")
@@ -324,6 +350,7 @@ def test_half_precision_is_kept_and_alpha_is_exact(tmp_path: Path):
     )
     exact = update.up.float() @ update.down.float() / 96
     assert float((product - exact).norm() / exact.norm()) < 1e-3
+
 
 def test_a_kohya_file_says_what_it_is_by_the_public_fields(taught: Any, tmp_path: Path):
     *_, file = taught("sdxl")
@@ -340,9 +367,11 @@ def test_a_kohya_file_says_what_it_is_by_the_public_fields(taught: Any, tmp_path
     digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     assert said["sshs_model_hash"] == digest and said["modelspec.hash_sha256"] == f"0x{digest}"
 
+
 def product_of(update: Update) -> Tensor:
     up, down = update.factors()
     return up @ down
+
 
 @pytest.mark.parametrize("convolution", [False, True])
 def test_a_loha_becomes_the_lora_of_its_product(convolution: bool, tmp_path: Path):
@@ -360,6 +389,7 @@ def test_a_loha_becomes_the_lora_of_its_product(convolution: bool, tmp_path: Pat
     assert content.kind == "LoHa" and update.rank == 4 and update.down.shape == (4, 6, kernel, kernel)
     torch.testing.assert_close(product_of(update), (a1 @ b1) * (a2 @ b2) / 2, atol=1e-5, rtol=1e-4)
 
+
 def test_tucker_cores_of_loha_and_locon_are_multiplied_in(tmp_path: Path):
     core1, core2, a, b = torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 3), torch.randn(2, 8), torch.randn(2, 6)
     layer = "lora_unet_mid_block_resnets_0_conv1"
@@ -375,6 +405,7 @@ def test_tucker_cores_of_loha_and_locon_are_multiplied_in(tmp_path: Path):
     expected = torch.einsum("pi,ijkl,jr->prkl", locon["lora_up"][..., 0, 0], core1, locon["lora_down"][..., 0, 0])
     torch.testing.assert_close(product_of(update), expected.flatten(1), atol=1e-5, rtol=1e-4)
 
+
 def test_a_small_lokr_becomes_the_lora_of_its_product_and_a_large_one_is_refused(tmp_path: Path):
     layer = "lora_unet_mid_block_attentions_0_proj_in"
     one, a, b = torch.randn(2, 2), torch.randn(8, 1), torch.randn(1, 8)
@@ -388,6 +419,7 @@ def test_a_small_lokr_becomes_the_lora_of_its_product_and_a_large_one_is_refused
     with pytest.raises(UserError, match="larger than the layer"):
         read(tmp_path / "full.safetensors")
 
+
 def test_what_diffusers_cannot_load_is_refused_with_the_reason(tmp_path: Path):
     layer = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     tensors = {f"{layer}.lora_down.weight": torch.ones(2, 8), f"{layer}.lora_up.weight": torch.ones(8, 2)}
@@ -396,6 +428,7 @@ def test_what_diffusers_cannot_load_is_refused_with_the_reason(tmp_path: Path):
     assert list(content.parts) == ["text_encoder_3"]
     with pytest.raises(UserError, match="no loader for a LoRA of T5"):
         to_diffusers(content)
+
 
 PAIR = {"unet.x.lora_A.weight": torch.ones(2, 8), "unet.x.lora_B.weight": torch.ones(8, 2)}
 HOSTILE = {
@@ -417,6 +450,7 @@ HOSTILE = {
     "word-of-integers": ({"<it>": torch.ones(2, 3, dtype=torch.int64)}, r"\(K, D\)"),
 }
 
+
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_file_that_is_wrong_is_refused_with_words(case: str, tmp_path: Path):
     tensors, problem = HOSTILE[case]
@@ -425,6 +459,7 @@ def test_a_file_that_is_wrong_is_refused_with_words(case: str, tmp_path: Path):
     with pytest.raises(UserError, match=problem) as caught:
         read(file)
     assert str(file) in str(caught.value)
+
 
 def test_a_file_that_was_cut_short_is_refused(tmp_path: Path):
     save_file(PAIR, tmp_path / "whole.safetensors")
@@ -437,6 +472,7 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path):
         read(tmp_path / "nowhere.safetensors")
     with pytest.raises(UserError, match="is a folder"):
         read(tmp_path)
+
 
 def test_a_file_is_replaced_only_when_asked_and_stays_whole_when_writing_fails(tmp_path: Path):
     save_file(PAIR, tmp_path / "lora.safetensors")

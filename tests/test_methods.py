@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune import run
+from finetune.architectures import ARCHITECTURES
 from finetune.export import compare
 from finetune.methods.base import methods
 from finetune.render import render
@@ -162,6 +163,7 @@ def test_the_file_says_what_it_is(case: tuple[str, ...], lesson: Any):
         with safe_open(file, "pt") as opened:
             header = opened.metadata()
         assert header["trigger"] == "<it>"
+        assert header["architecture"] in ARCHITECTURES
         assert header["method"] == case[2]
         assert header["steps"] == "4"
         assert header["base_fingerprint"] == at_work.trainer.student.family.fingerprint

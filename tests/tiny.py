@@ -1,9 +1,13 @@
-"""Bases of every family, built from the real classes at toy size with random weights, and pictures to teach them."""
+"""Bases of every family, built from the real classes at toy size with random weights, and pictures to teach them.
+
+`deep` bases have blocks as deep as the real ones' where names depend on it: a UNet's original names count two layers
+in each level, and diffusers tells SDXL by the tenth layer of CLIP-G.
+"""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +51,14 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
 
 
-def clip_text_model(vocabulary: int, projection: bool = False) -> Any:
+def clip_text_model(vocabulary: int, projection: bool = False, width: int = 32, layers: int = 2) -> Any:
     config = CLIPTextConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=37,
         num_attention_heads=4,
-        num_hidden_layers=2,
-        projection_dim=32,
+        num_hidden_layers=layers,
+        projection_dim=width,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -96,28 +100,29 @@ def ddim(prediction: str = "epsilon") -> DDIMScheduler:
     )
 
 
-def unet(cross_attention_dim: int, **settings: Any) -> UNet2DConditionModel:
+def unet(cross_attention_dim: int, deep: bool = False, attends: Sequence[bool] = (False, True), **settings: Any) -> Any:
+    """Which levels read the prompt: the last ones in SDXL, all but the last before it."""
     return UNet2DConditionModel(
         sample_size=SIZE // 2,
         block_out_channels=(8, 16),
-        layers_per_block=1,
+        layers_per_block=2 if deep else 1,
         cross_attention_dim=cross_attention_dim,
         norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=tuple("CrossAttnDownBlock2D" if attending else "DownBlock2D" for attending in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if attending else "UpBlock2D" for attending in attends[::-1]),
         attention_head_dim=4,
         **settings,
     )
 
 
-def stable_diffusion(prediction: str = "epsilon") -> StableDiffusionPipeline:
+def stable_diffusion(prediction: str = "epsilon", deep: bool = False) -> StableDiffusionPipeline:
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
     return StableDiffusionPipeline(
         vae=vae(),
         text_encoder=clip_text_model(len(tokenizer)),
         tokenizer=tokenizer,
-        unet=unet(32),
+        unet=unet(32, deep, (True, False) if deep else (False, True)),
         scheduler=ddim(prediction),
         safety_checker=None,
         feature_extractor=None,
@@ -125,23 +130,25 @@ def stable_diffusion(prediction: str = "epsilon") -> StableDiffusionPipeline:
     )
 
 
-def stable_diffusion_xl() -> StableDiffusionXLPipeline:
+def stable_diffusion_xl(deep: bool = False) -> StableDiffusionXLPipeline:
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
-    conditions = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    conditions: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    if deep:
+        conditions |= {"transformer_layers_per_block": (1, 2), "use_linear_projection": True}
     return StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=clip_text_model(len(tokenizer)),
-        text_encoder_2=clip_text_model(len(tokenizer), projection=True),
+        text_encoder_2=clip_text_model(len(tokenizer), projection=True, width=40, layers=10 if deep else 2),
         tokenizer=tokenizer,
         tokenizer_2=clip_tokenizer(),
-        unet=unet(64, projection_class_embeddings_input_dim=6 * 8 + 32, **conditions),
+        unet=unet(72, deep, projection_class_embeddings_input_dim=6 * 8 + 40, **conditions),
         scheduler=ddim(),
         add_watermarker=False,
     )
 
 
-def stable_diffusion_3() -> StableDiffusion3Pipeline:
+def stable_diffusion_3(deep: bool = False) -> StableDiffusion3Pipeline:
     torch.manual_seed(0)
     tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
     transformer = SD3Transformer2DModel(
@@ -154,8 +161,9 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
         num_attention_heads=4,
         joint_attention_dim=64,
         caption_projection_dim=32,
-        pooled_projection_dim=64,
+        pooled_projection_dim=72,
         pos_embed_max_size=16,
+        **({"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if deep else {}),  # as 3.5 has them
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
@@ -163,7 +171,7 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
         vae=vae(16, 0.06),
         text_encoder=clip_text_model(len(tokenizer), projection=True),
         tokenizer=tokenizer,
-        text_encoder_2=clip_text_model(len(tokenizer), projection=True),
+        text_encoder_2=clip_text_model(len(tokenizer), projection=True, width=40),
         tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5(len(tokenizer_3)),
         tokenizer_3=tokenizer_3,
@@ -245,6 +253,54 @@ BASES: dict[str, dict[str, Callable[[], Any]]] = {
     "flux": {"dev": flux, "schnell": lambda: flux(guidance=False)},
     "z_image": {"base": z_image},
 }
+# What files call an architecture -> its family, and a deep base.
+DEEP: dict[str, tuple[str, Callable[[], Any]]] = {
+    "sd1": ("stable_diffusion", lambda: stable_diffusion(deep=True)),
+    "sdxl": ("stable_diffusion_xl", lambda: stable_diffusion_xl(deep=True)),
+    "sd3": ("stable_diffusion_3", lambda: stable_diffusion_3(deep=True)),
+    "flux": ("flux", flux),
+    "z_image": ("z_image", z_image),
+}
+
+
+@torch.no_grad()
+def predict(pipeline: Any) -> torch.Tensor:
+    """The denoiser's prediction and the text encoders' hidden states on fixed inputs, in one vector."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    time, ids = torch.tensor([500.0]), torch.arange(5)[None]
+    if hasattr(pipeline, "unet"):
+        config = pipeline.unet.config
+        added = {
+            "time_ids": draw(1, 6),
+            "text_embeds": draw(1, (config.projection_class_embeddings_input_dim or 48) - 48),
+        }
+        inputs = draw(1, 4, 8, 8), time, draw(1, 5, config.cross_attention_dim)
+        found = [pipeline.unet(*inputs, added_cond_kwargs=added).sample]
+    elif isinstance(pipeline, ZImagePipeline):
+        found = pipeline.transformer([draw(4, 1, 8, 8)], time / 1000, [draw(5, 16)], return_dict=False)[0]
+    else:
+        config = pipeline.transformer.config
+        prompt = {
+            "encoder_hidden_states": draw(1, 5, config.joint_attention_dim),
+            "pooled_projections": draw(1, config.pooled_projection_dim),
+        }
+        if isinstance(pipeline, FluxPipeline):
+            places = {
+                "txt_ids": torch.zeros(5, 3),
+                "img_ids": torch.arange(12.0).reshape(4, 3),
+                "guidance": torch.ones(1),
+            }
+            found = [pipeline.transformer(draw(1, 4, 16), timestep=time / 1000, **prompt, **places).sample]
+        else:
+            found = [pipeline.transformer(draw(1, 16, 8, 8), timestep=time, **prompt).sample]
+    encoders = [getattr(pipeline, f"text_encoder{end}", None) for end in ("", "_2", "_3")]
+    # T5 drops units out until it is told not to.
+    found = [*found, *(part.eval()(ids).last_hidden_state for part in encoders if part is not None)]
+    return torch.cat([part.flatten() for part in found])
 
 
 def save_pictures(folder: Path, count: int = 5, size: int = SIZE, caption: str | None = "a {} thing") -> Path:

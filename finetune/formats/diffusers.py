@@ -15,13 +15,10 @@ from finetune.architectures import from_header, from_updates
 from finetune.errors import UserError
 from finetune.files import Header, Tensors
 from finetune.formats.base import Format, formats
+from finetune.formats.kohya import Kohya
+from finetune.originals import clip_name
 
 PARTS = ("unet", "transformer", "text_encoder_3", "text_encoder_2", "text_encoder")
-# Names that kohya's format has.
-FOREIGN = (
-    *("lora_unet_", "lora_te", "lora_transformer_", "lycoris_", "diffusion_model.", "text_encoders."),
-    *("double_blocks.", "single_blocks.", "joint_blocks."),
-)
 # What the names of older files are today.
 RENAMED = {
     r"(^|\.)base_model\.model\.": r"\1",
@@ -42,7 +39,7 @@ class Diffusers(Format):
 
     @classmethod
     def recognises(cls, names: Mapping[str, Any]) -> bool:
-        return is_adapter(names) and not any(name.startswith(FOREIGN) for name in names)
+        return is_adapter(names) and not Kohya.recognises(names)
 
     @classmethod
     def decode(cls, tensors: Tensors, header: Header, path: Path) -> AdapterWeights:
@@ -83,8 +80,7 @@ def _place(name: str) -> tuple[str, str]:
     layer = name.removeprefix(f"{part}.")
     if part is None:
         part = _guess(name)
-    clip = part.startswith("text_encoder") and re.match(r"(encoder\.layers|embeddings|final_layer_norm)\.", layer)
-    return part, f"text_model.{layer}" if clip else layer
+    return part, clip_name(layer)
 
 
 def _guess(name: str) -> str:
@@ -93,6 +89,7 @@ def _guess(name: str) -> str:
         r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b": "unet",
         r"(single_)?transformer_blocks\b|layers\.\d+\.(attention|feed_forward)": "transformer",
         r"(noise|context)_refiner\b": "transformer",
+        r"(proj_out|norm_out|pos_embed|time_text_embed|(x|context|cap|t)_embedder|all_\w+)\b": "transformer",
         r"(text_model\.)?encoder\.layers\b": "text_encoder",
     }.items():
         if re.match(pattern, name):

@@ -18,16 +18,38 @@ from finetune.architectures import ARCHITECTURES, from_header, from_names, from_
 from finetune.errors import UserError
 from finetune.files import Header, Tensors
 from finetune.formats.base import Format, formats
-from finetune.originals import TABLES, dotted, in_diffusers, originals, split
+from finetune.originals import FLUX, SD3, TABLES, Z_IMAGE, dotted, in_diffusers, originals, split
 
 DENOISERS = ("unet", "transformer")
+# Other writers' names for the same tensors.
+RENAMED = {
+    r"^(base_model\.model\.|transformer\.(?=diffusion_model\.))+": "",
+    r"^lora_unet__": "lora_unet_",
+    r"\bimg_in\.proj\.": "img_in.",
+    # XLabs number a block's two streams; in a block of one stream they train q, k and v without the MLP beside them.
+    r"(\bdouble_blocks\.\d+)\.processor\.(qkv|proj)_lora1\.": r"\1.img_attn.\2.lora_",
+    r"(\bdouble_blocks\.\d+)\.processor\.(qkv|proj)_lora2\.": r"\1.txt_attn.\2.lora_",
+    r"(\bsingle_blocks\.\d+)\.processor\.qkv_lora\.": r"\1.linear1.qkv.lora_",
+    r"(\bsingle_blocks\.\d+)\.processor\.proj_lora\.": r"\1.linear2.lora_",
+    r"\.processor\.": ".",
+}
+# The beginnings of a denoiser's layers under their original names.
+ORIGINALS = {name.partition(".")[0] for table in (FLUX, SD3, Z_IMAGE) for name in table}
+ORIGINALS |= {"input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"}
+DENOISER = r"lora_unet_|lora_transformer_|lycoris_|diffusion_model\.|transformer\.|unet\."
 # The beginnings of names, and the part that is meant; None is the denoiser under its original or diffusers' names.
 PREFIXES = {
-    r"lora_unet_|lora_transformer_|lycoris_|diffusion_model\.|(?=(double|single|joint)_blocks\.)": None,
-    r"lora_te1?_|text_encoders\.clip_[lh]\.transformer\.": "text_encoder",
-    r"lora_te2_|text_encoders\.clip_g\.transformer\.": "text_encoder_2",
-    r"lora_te3_|text_encoders\.t5xxl\.transformer\.": "text_encoder_3",
+    rf"{DENOISER}|(?=({'|'.join(sorted(ORIGINALS))})(\.|$))": None,
+    r"lora_te1?_|text_encoders\.clip_[lh]\.transformer\.|clip_l\.": "text_encoder",
+    r"lora_te2_|text_encoders\.clip_g\.transformer\.|clip_g\.": "text_encoder_2",
+    r"lora_te3_|text_encoders\.t5xxl\.transformer\.|t5\.": "text_encoder_3",
 }
+# What no name of diffusers begins with.
+MARKS = (
+    r"lora_(unet|transformer|te\d?)_|lycoris_|diffusion_model\.|text_encoders\.|clip_[lg]\.text_|t5\.encoder\.|"
+    r"((transformer|unet)\.)?((double|single|joint|input|output)_blocks\.|middle_block\.|"
+    r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(qkv|out)\.)"
+)
 UNET = r"(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block|conv|time|out|label|add)[._]"
 # Convolutions of UNets, which LyCORIS keeps flat, and the side of their kernels.
 KERNELS = {r"(\bconv[12]|\.conv|^conv_(in|out))$": 3, r"conv_shortcut$": 1}
@@ -35,8 +57,9 @@ KERNELS = {r"(\bconv[12]|\.conv|^conv_(in|out))$": 3, r"conv_shortcut$": 1}
 
 @formats.register
 class Kohya(Format):
-    """SDXL, SD3, FLUX and Z-Image under their original names, fused where those are; ComfyUI's dotted names are read.
+    """SDXL, SD3, FLUX and Z-Image under their original names, fused where those are.
 
+    The dotted names of ComfyUI, ai-toolkit, OneTrainer (OMI) and XLabs are read.
     ComfyUI (2026-11) divides a DoRA of the outputs by the length of the base's rows, and LyCORIS
     and peft by that of the sum, which the file means; the pictures differ slightly there.
     """
@@ -46,11 +69,12 @@ class Kohya(Format):
 
     @classmethod
     def recognises(cls, names: Mapping[str, Any]) -> bool:
-        return is_adapter(names) and any(re.match("|".join(PREFIXES), name) for name in names)
+        renamed = _renamed(names)
+        return is_adapter(renamed) and any(re.match(MARKS, name) for name in renamed)
 
     @classmethod
     def decode(cls, tensors: Tensors, header: Header, path: Path) -> AdapterWeights:
-        layers = by_layer({name.replace(".processor.", "."): tensor for name, tensor in tensors.items()})
+        layers = by_layer(_renamed(tensors))
         architecture = from_header(header) or from_names(layers)
         parts: dict[str, dict[str, Update]] = {}
         for name, roles in layers.items():
@@ -58,8 +82,10 @@ class Kohya(Format):
             names = _names(part, rest, architecture)
             kernel = next((side for pattern, side in KERNELS.items() if re.search(pattern, names[0])), 0)
             update = to_update(name, roles, kernel if part == "unet" else 0)
-            parts.setdefault(part, {}).update(split(update, rest, names))
-        sgm = any(re.match(r"\w+[_.](input|output)_blocks", name) for name in layers)
+            held, own = parts.setdefault(part, {}), names == (_dotted(rest),)
+            # A layer that is there under both of its names is meant once, and diffusers takes its own.
+            held.update({layer: new for layer, new in split(update, rest, names).items() if own or layer not in held})
+        sgm = any(re.search(r"(^|[_.])(input|output)_blocks", name) for name in layers)
         architecture = architecture or from_updates(parts, "sdxl" if sgm else "sd1")
         if architecture == "sd1" and "unet" in parts:
             parts["unet"] = {name: _pointwise(name, update) for name, update in parts["unet"].items()}
@@ -96,6 +122,21 @@ class Kohya(Format):
         return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
 
 
+def _renamed(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The same under the names that this module knows."""
+    return {_rename(name): value for name, value in names.items()}
+
+
+def _rename(name: str) -> str:
+    for pattern, other in RENAMED.items():
+        name = re.sub(pattern, other, name)
+    return name
+
+
+def _dotted(rest: str) -> str:
+    return rest if "." in rest else dotted(rest)
+
+
 def _place(name: str, architecture: str | None) -> tuple[str, str]:
     """The part of the pipeline, and the rest of the name."""
     for pattern, part in PREFIXES.items():
@@ -112,10 +153,20 @@ def _place(name: str, architecture: str | None) -> tuple[str, str]:
 
 
 def _names(part: str, rest: str, architecture: str | None) -> tuple[str, ...]:
-    """The layers of diffusers or transformers that a name stands for."""
-    if part in DENOISERS:
+    """The layers of diffusers or transformers that a name stands for.
+
+    OneTrainer numbers those that an original stacks, and XLabs' `qkv` are the first three.
+    """
+    if part not in DENOISERS:
+        return (_dotted(rest),)
+    one = re.fullmatch(r"(.+\b(?:qkv|linear1))\.(\d|qkv)", rest)
+    if one is None:
         return in_diffusers(rest, architecture)
-    return (rest if "." in rest else dotted(rest),)
+    names = in_diffusers(one[1], architecture)
+    chosen = names[:3] if one[2] == "qkv" else names[int(one[2]) :][:1]
+    if not chosen:
+        raise UserError(f"{rest}: {one[1]} stacks {len(names)} layers")
+    return chosen
 
 
 def _pointwise(name: str, update: Update) -> Update:
