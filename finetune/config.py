@@ -167,6 +167,8 @@ def _explain(schema: type[Section], error: Mapping[str, Any]) -> list[str]:
 
 def _keys(schema: type[BaseModel], parents: Sequence[Any]) -> list[str]:
     for part in parents:
+        if isinstance(part, int):  # a place in a list, whose schema the list has given already
+            continue
         kinds = [schema.model_fields[part].annotation, *get_args(schema.model_fields[part].annotation)]
         schema = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
     return list(schema.model_fields)

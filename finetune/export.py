@@ -62,18 +62,17 @@ class Verdict:
 
 @torch.no_grad()
 def probe(family: Family, captions: Sequence[str], size: int) -> Tensor:
-    """The family's prediction on fixed noised latents at four noise levels per caption, on the CPU."""
+    """The family's prediction on fixed noised latents at four noise levels per caption, in float32 on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand((1, 3, size, size), generator=generator) * 2 - 1
-    shape = family.encode_image(pixels).mean.shape
+    shape, geometry = (4, *family.latent_shape(size)), torch.tensor([[size, size, 0, 0, size, size]] * 4).float()
+    time = family.objective.time_at(torch.tensor([0.1, 0.35, 0.6, 0.9]))
     predictions = []
     for caption in captions:
-        latents, noise = (torch.randn((4, *shape[1:]), generator=generator) for _ in range(2))
-        time = family.objective.time_at(torch.tensor([0.1, 0.35, 0.6, 0.9]))
-        geometry = torch.tensor([[size, size, 0, 0, size, size]] * 4, dtype=torch.float32)
-        latents, noise, time, geometry = (part.to(family.device) for part in (latents, noise, time, geometry))
-        batch = Batch(latents, noise, time, family.tokenize([caption] * 4), geometry, 0)
-        predictions.append(predict(family, batch).cpu())
+        drawn = (torch.randn(shape, generator=generator) for _ in range(2))
+        latents, noise, when, where = (part.to(family.device) for part in (*drawn, time, geometry))
+        with family.exact():
+            batch = Batch(latents, noise, when, family.tokenize([caption] * 4), where, 0)
+            predictions.append(predict(family, batch).cpu())
     return torch.cat(predictions)
 
 

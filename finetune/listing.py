@@ -10,6 +10,7 @@ from pathlib import Path
 from finetune.errors import UserError, did_you_mean
 from finetune.families import Family, families
 from finetune.registry import headlines
+from finetune.tasks.base import pipeline_class, tasks
 
 TITLES = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5", "qwen3": "Qwen3"}
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -35,7 +36,21 @@ def formats_table() -> str:
     return _table(("format", "what a file is"), rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"families": families_table, "methods": methods_table, "formats": formats_table}
+def tasks_table() -> str:
+    """Which pipeline of diffusers does a task on a family, found as `generate` finds it."""
+    rows = []
+    for name in families.names():
+        found = [pipeline_class(families[name].pipeline_class, tasks[task].infix) for task in tasks.names()]
+        rows.append((f"`{name}`", *(f"`{kind.__name__}`" if kind else "-" for kind in found)))
+    return _table(("family", *(f"`{task}`" for task in tasks.names())), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "families": families_table,
+    "methods": methods_table,
+    "formats": formats_table,
+    "tasks": tasks_table,
+}
 
 
 def rewrite(text: str) -> str:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.adapter import WordVectors
+import torch
+
+from finetune.adapter import AdapterWeights, WordVectors
 from finetune.errors import UserError
 from finetune.formats import read, to_diffusers
 from finetune.placeholder import add_word, pool_at_the_end
@@ -67,10 +69,29 @@ def load_adapters(pipeline: Any, adapters: Iterable[Adapter | str | Path]) -> An
             else:
                 name = f"adapter_{len(weights)}"
                 pipeline.load_lora_weights(to_diffusers(content), adapter_name=name)
+                _widen_lengths(pipeline, content, name)
                 weights[name] = adapter.weight
     if weights:
         pipeline.set_adapters(list(weights), list(weights.values()))
     return pipeline
+
+
+def _widen_lengths(pipeline: Any, content: AdapterWeights, adapter: str) -> None:
+    """The lengths of a DoRA in float32: in the base's half precision each would err by a share of its whole weight."""
+    for part, layer, update in content.updates():
+        if update.magnitude is not None:
+            model = getattr(pipeline, part)
+            names = (layer, layer.removeprefix("text_model."))  # CLIP before transformers 5.6, and since
+            module = next(found for name in names if (found := _submodule(model, name)) is not None)
+            held = module.lora_magnitude_vector[adapter].weight
+            held.data = update.magnitude.to(held.device, torch.float32).view_as(held)
+
+
+def _submodule(model: Any, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _load_word(pipeline: Any, content: WordVectors, weight: float, file: Path) -> None:

@@ -35,7 +35,7 @@ def plan(recipe: Recipe[Any], pictures: Sequence[Picture]) -> dict[str, str]:
     return {
         "method": f"{method.name}: {method.summary}",
         "base": recipe.base.source,
-        "pictures": f"{len(pictures)} in {recipe.dataset.folder}, trained at {recipe.dataset.resolution} px{enlarged}",
+        "pictures": f"{len(pictures)} in {recipe.dataset.where}, trained at {recipe.dataset.resolution} px{enlarged}",
         "captions": recipe.fill(pictures[0].captions[0]),
         "steps": f"{train.steps} updates of {train.batch_size} pictures: each is seen {seen:.3g} times",
         "prior": _describe(method.prior_half),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from finetune.config import LocalPath, PositiveInt, Section, Strings, build, read_tree, to_yaml
-from finetune.dataset.scan import DatasetConfig
+from finetune.dataset.settings import DatasetConfig
 from finetune.errors import UserError, did_you_mean
 from finetune.methods.base import Method, methods
 from finetune.registry import headlines
@@ -129,12 +129,15 @@ class Recipe(Section, Generic[M]):
     def dump(self) -> dict[str, Any]:
         """Plain data, defaults included and local paths absolute: it means the same from any folder."""
         tree = self.model_dump(mode="json")
-        for section, key in (("dataset", "folder"), ("output", "folder")):
-            tree[section][key] = str(Path(tree[section][key]).resolve())
-        exists = (("base", "source", Path.exists), ("base", "config", Path.exists), ("method", "init", Path.is_file))
-        for section, key, is_local in exists:
-            if tree[section].get(key) is not None and is_local(Path(tree[section][key])):
-                tree[section][key] = str(Path(tree[section][key]).resolve())
+        for section in (tree["dataset"], *tree["dataset"]["folders"], tree["output"]):
+            if section["folder"] is not None:
+                section["folder"] = str(Path(section["folder"]).resolve())
+        local_where = {"base": ("source", "config"), "dataset": ("source",), "method": ("init",)}
+        for section, keys in local_where.items():
+            for key in keys:
+                is_local = Path.is_file if key == "init" else Path.exists
+                if tree[section].get(key) is not None and is_local(Path(tree[section][key])):
+                    tree[section][key] = str(Path(tree[section][key]).resolve())
         return tree
 
     def to_yaml(self) -> str:

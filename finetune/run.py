@@ -312,7 +312,6 @@ class Run:
             files = recipe.method.export(student, self.folder, getattr(torch, recipe.output.dtype), self._header())
             if recipe.method.export_is_lossy:
                 self.draw(range(len(self.prompts)))
-            self.family.pipeline.to(torch.float32)
             after = self.probe(self.family)
         self.family.to(torch.device("cpu"))  # there may be no room for two
         verdict = self._compare(files, after)
@@ -325,11 +324,11 @@ class Run:
         return Result(files, grid, card, verdict)
 
     def _compare(self, files: Sequence[Path], after: torch.Tensor) -> Verdict:
-        """A fresh pipeline before and after it loads the files, in float32, so that rounding hides nothing."""
+        """A fresh pipeline before and after it loads the files."""
         fresh = load_family(self.recipe)
-        fresh.pipeline.to(self.accelerator.device, torch.float32)
+        fresh.to(self.accelerator.device)
         before = self.probe(fresh)
-        load_adapters(fresh.pipeline, files).to(self.accelerator.device, torch.float32)
+        load_adapters(fresh.pipeline, files).to(self.accelerator.device)
         return compare(before, after, self.probe(fresh))
 
     def _header(self) -> dict[str, str]:

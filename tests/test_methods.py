@@ -28,24 +28,6 @@ CAPTIONS = ["a <it> thing", "a thing"]
 WITHOUT_WORDS = ("StableDiffusion3Pipeline", "ZImagePipeline")
 
 
-@pytest.fixture(scope="module")
-def lesson(base_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A case -> its finished run, trained once for all tests of this file."""
-    finished: dict[tuple[str, ...], tuple[run.Run, run.Result, dict[str, Tensor]]] = {}
-
-    def learn(case: tuple[str, ...]) -> tuple[run.Run, run.Result, dict[str, Tensor]]:
-        if case not in finished:
-            family, variant, method, way = case
-            output = tmp_path_factory.mktemp("lesson")
-            at_work = run.prepare(lessons.recipe(base_folder(family, variant), output, method, way))
-            at_work.loop()
-            trained = {name: value.clone() for name, value in at_work.trainer.student.state_dict().items()}
-            finished[case] = at_work, at_work.finish(), trained
-        return finished[case]
-
-    return learn
-
-
 def state(family: Any) -> dict[str, Tensor]:
     """All weights of a family's modules."""
     parts = {name: part for name, part in family.pipeline.components.items() if isinstance(part, torch.nn.Module)}

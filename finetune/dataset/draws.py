@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from finetune.dataset.pixels import Crop, cut, decode, scaled_size
-from finetune.dataset.scan import DatasetConfig, Picture
+from finetune.dataset.scan import Picture
+from finetune.dataset.settings import DatasetConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,14 +75,19 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def _members(self) -> np.ndarray:
+        """What one time round shows: each picture as often as its weight says."""
+        return np.repeat(np.arange(len(self)), np.array(self.rows["weight"]))
+
     def as_prior(self, caption: str) -> Pictures:
         """The same pictures under one caption, drawn independently of the concept's."""
         rows = self.rows.map(lambda row: {"captions": [caption]}, keep_in_memory=True)
         return Pictures(rows, self.config, "", PRIOR)
 
     def draw(self, seed: int, position: int) -> Draw:
-        epoch, offset = divmod(position, len(self))
-        row = self.rows[int(_order(len(self), seed, self.stream, epoch)[offset])]
+        epoch, offset = divmod(position, len(self._members))
+        row = self.rows[int(self._members[_order(len(self._members), seed, self.stream, epoch)[offset]])]
         random = np.random.default_rng([seed, self.stream, _SAMPLE, position])
         template = row["captions"][random.integers(len(row["captions"]))]
         return Draw(

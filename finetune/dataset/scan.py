@@ -1,40 +1,21 @@
-"""Find pictures and their captions in a folder, and say everything that is wrong with them at once."""
+"""Find pictures and their captions, and say everything that is wrong with them at once."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 from PIL import UnidentifiedImageError
-from pydantic import Field
 
-from finetune.config import LocalPath, Section, Strings
+from finetune.dataset import metadata, table
+from finetune.dataset.metadata import Metadata
 from finetune.dataset.pixels import SUFFIXES, decode
+from finetune.dataset.settings import DatasetConfig, Folder
 from finetune.errors import UserError
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA = "metadata.jsonl"
-
-
-class DatasetConfig(Section):
-    """The recipe's `dataset` section."""
-
-    folder: LocalPath
-    """Pictures, each with `name.txt` or `name.caption` beside it, or one `metadata.jsonl` for all."""
-    resolution: Annotated[int, Field(gt=0, multiple_of=8)] = 512
-    """Side of the square that is trained on, in pixels."""
-    captions: Strings = ()
-    """For pictures without one of their own; `{}` is the placeholder. One is drawn at each step."""
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False
-    """Mirror half of the draws. Leave off for faces, text and other things with a left and a right."""
-    background: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")] = "#ffffff"
-    """What shows through transparent pixels."""
 
 
 @dataclass(frozen=True)
@@ -46,33 +27,38 @@ class Picture:
     width: int
     height: int
     captions: tuple[str, ...]  # `{}` is the placeholder
+    weight: int = 1  # how many times it is drawn while one of weight 1 is drawn once
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One file before it is opened."""
+
+    path: Path
+    captions: tuple[str, ...]
+    weight: int = 1
 
 
 def scan(config: DatasetConfig) -> list[Picture]:
-    """Every picture of the folder in name order.
+    """Every picture, folder by folder in name order, or row by row.
 
     Raises:
         UserError: names each file that cannot be used, and why.
     """
-    folder = config.folder
-    if not folder.is_dir():
-        raise UserError(f"dataset.folder: {folder} is not a folder")
-    paths = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
-    if not paths:
-        raise UserError(f"dataset.folder: no pictures in {folder}; looked for {', '.join(sorted(SUFFIXES))}")
     problems: list[str] = []
-    metadata = _read_metadata(folder, paths, problems)
-    captions = [_captions_of(path, metadata, config.captions, problems) for path in paths]
+    if config.source is None:
+        entries = [entry for folder in config.all_folders for entry in _entries(folder, config, problems)]
+    else:
+        found = table.read(config, problems)
+        entries = [_Entry(path, (caption,) if caption else config.captions) for path, caption in found]
     with ThreadPoolExecutor() as pool:
-        measured = list(pool.map(lambda path: _measure(path, config.background), paths))
+        measured = list(pool.map(lambda entry: _measure(entry.path, config.background), entries))
     problems += [result for result in measured if isinstance(result, str)]
     if problems:
         raise UserError(problems)
     return [
-        Picture(str(path), *result, captions=texts)
-        for path, result, texts in zip(paths, measured, captions, strict=True)
+        Picture(str(entry.path), *result, captions=entry.captions, weight=entry.weight)
+        for entry, result in zip(entries, measured, strict=True)
         if not isinstance(result, str)
     ]
 
@@ -89,71 +75,49 @@ def _measure(path: Path, background: str) -> tuple[str, int, int] | str:
     return hashlib.sha256(content).hexdigest(), width, height
 
 
+def _entries(given: Folder, config: DatasetConfig, problems: list[str]) -> list[_Entry]:
+    """A folder's pictures: its own, and those of the folders that its metadata points into."""
+    folder, key = given.folder, "folder" if config.folder is not None else "folders"
+    if not folder.is_dir():
+        problems.append(f"dataset.{key}: {folder} is not a folder")
+        return []
+    named = metadata.read(folder, config.caption_column, problems)
+    folders = {folder, *(path.parent for path in (named.captions if named else ()))}
+    paths = sorted(path for each in folders for path in each.iterdir() if _is_picture(path))
+    if not paths:
+        problems.append(f"dataset.{key}: no pictures in {folder}; looked for {', '.join(sorted(SUFFIXES))}")
+    return [_Entry(path, _captions_of(path, named, config.captions, problems), given.weight) for path in paths]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
 def _captions_of(
-    path: Path, metadata: Mapping[str, str] | None, templates: tuple[str, ...], problems: list[str]
+    path: Path, named: Metadata | None, templates: tuple[str, ...], problems: list[str]
 ) -> tuple[str, ...]:
     sources = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES if path.with_suffix(suffix).is_file()]
-    if metadata is not None and path.name in metadata:
-        sources.append(path.with_name(METADATA))
+    if named is not None and path in named.captions:
+        sources.append(named.file)
     if len(sources) > 1:
         problems.append(f"{path}: is captioned by {' and by '.join(file.name for file in sources)}. Keep one of them.")
-    elif metadata is not None and path.name in metadata:
-        return (metadata[path.name],)
+    elif named is not None and path in named.captions:
+        return (named.captions[path],)
     elif sources:
-        text = _read_text(sources[0], problems)
-        if text is not None and not text.strip():
-            problems.append(f"{sources[0]}: is empty")
-        return ((text or "").strip(),)
-    elif metadata is not None:
-        problems.append(f"{path}: has no row in {METADATA}. Add one.")
-    elif not templates:
+        return (_read_caption(sources[0], problems),)
+    elif named is not None and named.readable:
+        problems.append(f"{path}: has no row in {named.file.name}. Add one.")
+    elif named is None and not templates:
         problems.append(f"{path}: has no caption. Add {path.stem}.txt, or set dataset.captions in the recipe.")
     return templates
 
 
-def _read_text(file: Path, problems: list[str]) -> str | None:
-    """None where it is not UTF-8, which is then among the problems."""
+def _read_caption(file: Path, problems: list[str]) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
         problems.append(f"{file}: is not UTF-8 text. Save it as such.")
-    return None
-
-
-def _read_metadata(folder: Path, paths: Iterable[Path], problems: list[str]) -> dict[str, str] | None:
-    """Captions by file name from `metadata.jsonl`, or None where there is no such file."""
-    file = folder / METADATA
-    if not file.is_file():
-        return None
-    names = {path.name for path in paths}
-    text = _read_text(file, problems)
-    if text is None:
-        return dict.fromkeys(names, "")  # no caption is missing for another reason
-    captions: dict[str, str] = {}
-    # Only a line feed ends a line of JSON Lines; other separators may stand in a caption.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                name, caption = _parse_row(line, names, captions)
-            except ValueError as error:
-                problems.append(f"{file}, line {number}: {error}")
-            else:
-                captions[name] = caption
-    return captions
-
-
-def _parse_row(line: str, names: set[str], earlier: Mapping[str, str]) -> tuple[str, str]:
-    try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise ValueError('expected {"file_name": ..., "caption": ...}')
-    name, caption = row["file_name"], row.get("caption", row.get("text"))
-    if not isinstance(caption, str) or not caption.strip():
-        raise ValueError(f"no caption for {name!r}: add the key 'caption'")
-    if name not in names:
-        raise ValueError(f"{name!r} is not a picture in this folder")
-    if name in earlier:
-        raise ValueError(f"{name!r} has a row already. Keep one of them.")
-    return name, caption.strip()
+        return ""
+    if not text:
+        problems.append(f"{file}: is empty")
+    return text

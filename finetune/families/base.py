@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import UserError
+from finetune.exact import in_float32
 from finetune.files import read_shapes
 from finetune.objectives import Diffusion, Flow, Objective
 from finetune.placeholder import pool_at_the_end, spell
@@ -100,6 +101,7 @@ class Family(ABC):
         self.pipeline = pipeline
         self.objective = objective
         self.source = source
+        self._computes: torch.dtype | None = None
         self.resting: tuple[str, ...] = ()  # parts that wait on the CPU
         for part in self.parts():
             part.requires_grad_(False).eval()
@@ -156,8 +158,13 @@ class Family(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The denoiser's own precision, whatever its adapters have and its linear layers are packed in."""
-        return next(part.dtype for part in self.denoiser.parameters() if part.is_floating_point())
+        """What the denoiser takes: its own precision, whatever its adapters have and its layers are packed in."""
+        return self._computes or next(part.dtype for part in self.denoiser.parameters() if part.is_floating_point())
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """(C, H, W) of a square picture, its side in pixels."""
+        side = size // self.pipeline.vae_scale_factor
+        return self.pipeline.vae.config["latent_channels"], side, side
 
     def parts(self) -> Iterator[nn.Module]:
         return (part for part in self.pipeline.components.values() if isinstance(part, nn.Module))
@@ -238,6 +245,16 @@ class Family(ABC):
                 self._move(torch.device("cpu"))
                 for part, training in was_training.items():
                     part.train(training)
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Predictions without rounding, whatever precision the weights are kept in."""
+        self._computes = torch.float32
+        try:
+            with in_float32(self.parts()):
+                yield
+        finally:
+            self._computes = None
 
     @cached_property
     def fingerprint(self) -> str:

@@ -121,11 +121,12 @@ class Task(ABC):
         Raises:
             UserError: the base has none, or it is made for another task.
         """
-        kind = pipeline_class(pipeline, self.infix)
+        base = type(pipeline).__name__
+        kind = pipeline_class(base, self.infix)
         if kind is None:
-            able = [name for name in tasks.names() if pipeline_class(pipeline, tasks[name].infix) is not None]
+            able = [name for name in tasks.names() if pipeline_class(base, tasks[name].infix) is not None]
             raise UserError(
-                f"--task: diffusers has no {_stem(pipeline)}{self.infix}Pipeline, so this base cannot serve "
+                f"--task: diffusers has no {_stem(base)}{self.infix}Pipeline, so this base cannot serve "
                 f"{self.name}. It serves {', '.join(able)}."
             )
         known = {**pipeline.config, **pipeline.components, **self.parts(pipeline, kind)}
@@ -166,16 +167,16 @@ def choose(name: str | None, inputs: Inputs, steps: int) -> Task:
     return task
 
 
-def _stem(pipeline: Any) -> str:
+def _stem(base: str) -> str:
     """`StableDiffusionXL` of StableDiffusionXLInpaintPipeline."""
-    return re.sub(r"(Img2Img|Inpaint|ControlNet|InstructPix2Pix)?Pipeline$", "", type(pipeline).__name__)
+    return re.sub(r"(Img2Img|Inpaint|ControlNet|InstructPix2Pix)?Pipeline$", "", base)
 
 
-def pipeline_class(pipeline: Any, infix: str) -> Any | None:
-    """The class of the same family for another task, if diffusers has one."""
+def pipeline_class(base: str, infix: str) -> Any | None:
+    """The class of the same family as the class called `base` for another task, if diffusers has one."""
     import diffusers
 
-    return getattr(diffusers, f"{_stem(pipeline)}{infix}Pipeline", None)
+    return getattr(diffusers, f"{_stem(base)}{infix}Pipeline", None)
 
 
 def load_model(name: str, source: str, dtype: Any) -> Any:

@@ -1,0 +1,108 @@
+"""The recipe's `dataset` section: where the pictures are, and how they are shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from finetune.config import LocalPath, PositiveInt, Section, Strings, Text
+from finetune.errors import UserError
+
+PLACES = ("folder", "folders", "source")
+SOURCE_ONLY = ("subset", "split", "revision", "image_column")
+
+
+def _refuse_streaming(value: Any) -> Any:
+    if value is not False:
+        raise ValueError(
+            "a stream has no places, and which picture a step sees is a function of its place alone, so that a resumed "
+            "run sees what an uninterrupted one does. Remove it, and name a part: split: train[:10000]."
+        )
+    return value
+
+
+class Folder(Section):
+    """One of several folders."""
+
+    folder: LocalPath
+    weight: PositiveInt = 1
+    """How many times each of its pictures is drawn while one of weight 1 is drawn once."""
+
+
+class DatasetConfig(Section):
+    """The recipe's `dataset` section. Pictures come from a folder, from several, or from a source."""
+
+    folder: LocalPath | None = None
+    """Pictures, each with `name.txt` or `name.caption` beside it, or one metadata.jsonl, .csv or .parquet for all."""
+    folders: Annotated[
+        tuple[Folder, ...],
+        Field(strict=False),
+        BeforeValidator(lambda value: [_as_section(item) for item in value] if isinstance(value, list) else value),
+    ] = ()
+    """Several: `[{folder: my-dog, weight: 3}, other-dogs]` draws each picture of the first three times as often."""
+    source: (
+        Annotated[Text, AfterValidator(lambda text: str(Path(text).expanduser()) if text[0] == "~" else text)] | None
+    ) = None
+    """A data set of the Hub, or a local one that the datasets library reads: a folder or file of parquet or arrow."""
+    subset: str | None = None
+    """Of the source: which of its configurations."""
+    split: str = "train"
+    """Of the source: which part, such as train or train[:1000]."""
+    revision: str | None = None
+    image_column: str = "image"
+    """Of the source: the column with the pictures."""
+    caption_column: str | None = None
+    """Of the source or of the metadata file. Default: `caption`, or else `text`."""
+    streaming: Annotated[bool, BeforeValidator(_refuse_streaming), Field(exclude=True)] = False
+    resolution: Annotated[int, Field(gt=0, multiple_of=8)] = 512
+    """Side of the square that is trained on, in pixels."""
+    captions: Strings = ()
+    """For pictures without one of their own; `{}` is the placeholder. One is drawn at each step."""
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    """Mirror half of the draws. Leave off for faces, text and other things with a left and a right."""
+    background: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")] = "#ffffff"
+    """What shows through transparent pixels."""
+
+    @property
+    def all_folders(self) -> tuple[Folder, ...]:
+        """Each with its weight; none where there is a source."""
+        return self.folders if self.folder is None else (Folder(folder=self.folder),)
+
+    @property
+    def where(self) -> str:
+        """In words: where the pictures come from."""
+        if self.source is not None:
+            return f"{self.source} ({self.split})"
+        weights = {found.folder: f" x {found.weight}" if found.weight > 1 else "" for found in self.all_folders}
+        return ", ".join(f"{folder}{weight}" for folder, weight in weights.items())
+
+    @model_validator(mode="after")
+    def _check(self) -> DatasetConfig:
+        if problems := self._check_place():
+            raise UserError(problems)
+        return self
+
+    def _check_place(self) -> list[str]:
+        given = [name for name in PLACES if getattr(self, name) not in (None, ())]
+        problems = []
+        if not given:
+            problems.append("folder: missing. Name the folder with the pictures, or set folders or source.")
+        if len(given) > 1:
+            problems.append(f"{given[0]}: stands beside {' and '.join(given[1:])}. Keep one of them.")
+        if self.source is None:
+            problems += [
+                f"{name}: is for source. Remove it."
+                for name in SOURCE_ONLY
+                if getattr(self, name) != type(self).model_fields[name].default
+            ]
+        known = [found.folder.resolve() for found in self.folders]
+        twice = sorted({str(found.folder) for found in self.folders if known.count(found.folder.resolve()) > 1})
+        return problems + [f"folders: {folder} is listed twice. Keep one, and give it a weight." for folder in twice]
+
+
+def _as_section(item: Any) -> Any:
+    """A folder without a weight may be written as its path alone."""
+    return {"folder": item} if isinstance(item, str) else item

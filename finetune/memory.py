@@ -1,0 +1,214 @@
+"""The GPU memory that a recipe needs: a step is rehearsed on shapes alone, and every tensor counts while it lives.
+
+Only the base's configs are read. All figures are bytes of tensors on one GPU that works through the whole batch; the
+CUDA context, the libraries' work space and fragmented memory come on top.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from finetune.batch import PIXELS_AT_ONCE, Batch
+from finetune.dataset import Pictures
+from finetune.families.base import Family
+from finetune.quantize import layers
+from finetune.recipe import Recipe
+from finetune.rehearsal import Ledger, LikeGpu, go_back
+from finetune.skeleton import build
+from finetune.trainer import Trainer
+
+BITS = {"nf4": 4.127, "int8": 8.0}  # of a packed weight; nf4's scales are packed as well (2305.14314, section 3)
+AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+TEXTS = {
+    "trained": "the weights that are trained, in float32",
+    "optimizer": "its state",
+    "average": "the trained weights' moving average",
+    "activations": "kept by the forward pass for the backward pass",
+    "gradients": "those that there are at that moment",
+    "transient": "what is dropped again at once: a layer's, a block's or the optimizer's",
+    "step": "all of these, at the fullest moment of a step",
+    "encoding": "all parts, while pictures are encoded before the first step",
+    "drawing": "all parts, while pictures are drawn",
+    "run": "the most of these",
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the GPU at the fullest moment of a step, by what they are for, and at other moments of the run."""
+
+    weights: Mapping[str, int]  # frozen, by part of the pipeline, in the precision that they are kept in
+    resting: tuple[str, ...]  # parts that wait on the CPU while steps are made
+    trained: int
+    optimizer: int
+    average: int
+    activations: int
+    gradients: int  # those that exist at that moment
+    transient: int
+    others: Mapping[str, int]  # moment -> all that is on the GPU then
+
+    @property
+    def step(self) -> int:
+        """Everything at the fullest moment of a step."""
+        frozen = sum(size for part, size in self.weights.items() if part not in self.resting)
+        kept = self.trained + self.optimizer + self.average
+        return frozen + kept + self.activations + self.gradients + self.transient
+
+    @property
+    def run(self) -> int:
+        """The most that is needed at any time."""
+        return max(self.step, *self.others.values())
+
+
+def table(memory: Memory) -> list[str]:
+    """What `check` prints: a line for each part and moment, in GiB."""
+    sizes = {name: getattr(memory, name, memory.others.get(name, 0)) for name in TEXTS}
+    rows = {name: (size, "frozen") for name, size in memory.weights.items()}
+    rows |= {name: (memory.weights[name], "frozen; waits on the CPU") for name in memory.resting}
+    rows |= {name: (sizes[name], text) for name, text in TEXTS.items()}
+    return [
+        "memory    GiB on one GPU; the CUDA context (about 0.5) and fragmentation come on top",
+        *(f"  {name:16}{size / 2**30:7.2f}  {text}".rstrip() for name, (size, text) in rows.items() if size),
+    ]
+
+
+def estimate(recipe: Recipe[Any], captions: Sequence[str] = ()) -> Memory:
+    """The memory of a recipe's run.
+
+    Args:
+        captions: of its pictures; in Z-Image a longer one takes more.
+
+    Raises:
+        UserError: the base's configs cannot be had, or the method or objective does not fit it.
+    """
+    family = build(recipe, _dtype(recipe))
+    caption = recipe.fill(max([*recipe.dataset.captions, *captions, "{}"], key=len))
+    ledger, gpu = Ledger(), LikeGpu(AUTOCAST[recipe.train.precision], _length(family, caption))
+    with ledger, gpu:
+        _book_weights(recipe, family, ledger)
+        trainer = _trainer(recipe, family, ledger)
+        others = {"encoding": ledger.most(lambda: _encode(recipe, family, caption))}
+        num_prior = 0 if recipe.method.prior_half is None else trainer.share
+        batch = _batch(recipe, family, caption, trainer.share, num_prior)
+        fullest = _step(trainer, batch, ledger, gpu)
+        if num_drawn := _num_drawn(recipe):
+            others["drawing"] = ledger.most(lambda: _draw(family, batch.latents[:1].expand(num_drawn, -1, -1, -1), gpu))
+    weights = {name: fullest[name] for name in family.pipeline.components if name in fullest}
+    # What frozen parts say is kept from before the first step, if it all finds room.
+    resting = ("vae", *(() if recipe.method.trains_text else family.text_encoders))
+    kinds = ("trained", "optimizer", "average", "activations", "gradients", "transient")
+    return Memory(weights, resting, **{kind: fullest[kind] for kind in kinds}, others=others)
+
+
+def _dtype(recipe: Recipe[Any]) -> torch.dtype:
+    """Of what is frozen."""
+    if recipe.base.dtype != "auto":
+        return getattr(torch, recipe.base.dtype)
+    return AUTOCAST[recipe.train.precision] or torch.float32
+
+
+def _book_weights(recipe: Recipe[Any], family: Family, ledger: Ledger) -> None:
+    """Count what is frozen; what is packed takes less than its precision says."""
+    for name, part in family.pipeline.components.items():
+        if isinstance(part, nn.Module):
+            ledger.book([*part.parameters(), *part.buffers()], name)
+            if recipe.base.quantize is not None and name in (family.denoiser_name, *family.heavy):
+                packed = [part.get_parameter(f"{layer}.weight") for layer in layers(part)]
+                ledger.book(packed, name, BITS[recipe.base.quantize] / 8 / packed[0].itemsize)
+
+
+class _Alone:
+    """What a trainer asks of an Accelerator before its first step, where there is one process."""
+
+    num_processes = 1
+
+    def prepare(self, *things: Any) -> Any:
+        return things
+
+
+def _trainer(recipe: Recipe[Any], family: Family, ledger: Ledger) -> Trainer:
+    ledger.kind = family.denoiser_name  # a twin of it, which is held against what is trained, counts as its own
+    with torch.device("meta"):
+        student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
+    ledger.book(student.parameters(), "trained")
+    for parameter in student.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda it: ledger.book([cast(Any, it.grad)], "gradients"))
+    ledger.kind = "average"
+    concept = Pictures(cast(Any, ()), recipe.dataset, recipe.placeholder)
+    trainer = Trainer(student, concept, None, recipe.train, cast(Any, _Alone()))
+    for settings in trainer.optimizer.param_groups:
+        if settings.get("foreach", False) is None:
+            settings["foreach"] = True  # as torch chooses on a GPU: faster, in more memory
+    ledger.kind = "transient"
+    return trainer
+
+
+def _length(family: Family, caption: str) -> int | None:
+    """Tokens of a caption, where the family keeps no others."""
+    mask = family.tokenize([caption]).get("mask")
+    return None if mask is None else int(mask.sum())
+
+
+def _batch(recipe: Recipe[Any], family: Family, caption: str, num_concept: int, num_prior: int) -> Batch:
+    count, vae = num_concept + num_prior, family.pipeline.vae
+    side = recipe.dataset.resolution // (family.pipeline.vae_scale_factor * family.size_multiple) * family.size_multiple
+    latents = torch.empty(count, vae.config.latent_channels, side, side, device="meta")
+    time = family.objective.sample_time(torch.Generator(), latents.shape).expand(count).to("meta")
+    prompt: Any = family.tokenize([caption] * count)
+    if not recipe.method.trains_text:
+        with torch.no_grad():
+            prompt = family.encode_prompt(prompt)
+    return Batch(latents, torch.empty_like(latents), time, prompt, torch.empty(count, 6, device="meta"), num_prior)
+
+
+def _step(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) -> Counter[str]:
+    """The fullest moment of an update; the optimizer's state is there all the time, as from the second one on."""
+    ledger.most(lambda: _go_through(trainer, batch, ledger, gpu))
+    training = ledger.fullest
+    ledger.kind = "optimizer"
+    ledger.most(trainer.optimizer.step)
+    updating, state = ledger.fullest, ledger.held["optimizer"]
+    trainer.optimizer.zero_grad()
+    updating["transient"] += max(0, updating["optimizer"] - state)
+    training["optimizer"] = updating["optimizer"] = state
+    return max(training, updating, key=Counter.total)
+
+
+def _go_through(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) -> None:
+    """The gradients of a step; the second of several parts finds those of the first, and the others are like it."""
+    for _ in range(min(trainer.config.accumulate, 2)):
+        ledger.kind = "activations"
+        with gpu.autocast():
+            loss = trainer.student.method.reduce(trainer.model(batch), batch.num_prior)
+            gpu.end_forward()
+            ledger.kind = "transient"
+            go_back(loss)
+        del loss
+
+
+@torch.no_grad()
+def _encode(recipe: Recipe[Any], family: Family, caption: str) -> None:
+    size = recipe.dataset.resolution
+    family.encode_image(torch.empty(max(1, PIXELS_AT_ONCE // size**2), 3, size, size, device="meta"))
+    family.encode_prompt(family.tokenize([caption]))
+
+
+def _num_drawn(recipe: Recipe[Any]) -> int:
+    """Pictures that are drawn at once, for validation or of the class."""
+    prior, shown = recipe.method.prior_half, recipe.validation
+    wanted = [len(shown.prompts), prior.count if prior is not None and prior.source == "images" else 0]
+    return min(shown.batch_size, max(wanted))
+
+
+@torch.no_grad()
+def _draw(family: Family, latents: torch.Tensor, gpu: LikeGpu) -> None:
+    """The latents become pixels, which is by far the fullest moment of drawing."""
+    vae = family.pipeline.vae
+    with gpu.autocast():
+        vae.decode(latents.to(vae.dtype))
