@@ -102,8 +102,8 @@ def to_yaml(tree: Mapping[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The recipe's plain data with `section.key=value` overrides applied."""
+def read_tree(path: Path) -> dict[str, Any]:
+    """The recipe's plain data."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -113,10 +113,19 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is made of `key: value` sections, got {tree!r:.60}")
+    return tree
+
+
+def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The same data with `section.key=value` overrides applied.
+
+    Raises:
+        UserError: with all that cannot be.
+    """
     problems = []
-    for override in overrides:
+    for text in overrides:
         try:
-            _override(tree, override)
+            _override(tree, text)
         except UserError as error:
             problems += error.problems
     if problems:

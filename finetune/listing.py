@@ -9,9 +9,20 @@ from pathlib import Path
 
 from finetune.errors import UserError, did_you_mean
 from finetune.families import Family, families
+from finetune.recipe import RECIPES
 from finetune.registry import headlines
 from finetune.tasks.base import pipeline_class, tasks
 
+# The recipes' names: base, what is done, size of the card.
+BASES = {
+    "sd15": "Stable Diffusion 1.5",
+    "sdxl": "Stable Diffusion XL",
+    "sd3": "Stable Diffusion 3.5 medium",
+    "flux": "FLUX.1 dev",
+    "z-image": "Z-Image",
+}
+WAYS = ("lora", "dreambooth", "textual-inversion", "pivotal-tuning", "dreambooth-whole")
+SIZED = re.compile(rf"({'|'.join(BASES)})-({'|'.join(sorted(WAYS, key=len, reverse=True))})-(\d+)gb")
 TITLES = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5", "qwen3": "Qwen3"}
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -45,10 +56,32 @@ def tasks_table() -> str:
     return _table(("family", *(f"`{task}`" for task in tasks.names())), rows)
 
 
+def recipes_table() -> str:
+    """Of each base and way, the cards that there is a recipe for, each with what it is estimated to need."""
+    cards: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for path in RECIPES.glob("*gb.yaml"):
+        base, way, size = sized(path.stem)
+        memory = re.search(r"^# Memory: (\S+) GiB", path.read_text(encoding="utf-8"), re.MULTILINE)
+        cards.setdefault((base, way), []).append((size, memory[1] if memory else "?"))
+    rows = []
+    for base, title in BASES.items():
+        cells = [", ".join(f"{size} ({need})" for size, need in sorted(cards.get((base, way), []))) for way in WAYS]
+        rows.append((f"{title}, `{base}`", *(cell or "-" for cell in cells)))
+    return _table(("base", *(f"`{way}`" for way in WAYS)), rows)
+
+
+def sized(name: str) -> tuple[str, str, int]:
+    """Base, way and size of the card in GB, from a recipe's name."""
+    found = SIZED.fullmatch(name)
+    assert found is not None, f"{name} is not named as base-way-size"
+    return found[1], found[2], int(found[3])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "families": families_table,
     "methods": methods_table,
     "formats": formats_table,
+    "recipes": recipes_table,
     "tasks": tasks_table,
 }
 

@@ -89,6 +89,7 @@ def estimate(recipe: Recipe[Any], captions: Sequence[str] = ()) -> Memory:
     """
     family = build(recipe, _dtype(recipe))
     caption = recipe.fill(max([*recipe.dataset.captions, *captions, "{}"], key=len))
+    family.pipeline.vae.use_slicing = True  # as on every GPU
     ledger, gpu = Ledger(), LikeGpu(AUTOCAST[recipe.train.precision], _length(family, caption))
     with ledger, gpu:
         _book_weights(recipe, family, ledger)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from finetune.config import LocalPath, PositiveInt, Section, Strings, build, read_tree, to_yaml
+from finetune.config import LocalPath, PositiveInt, Section, Strings, build, override, read_tree, to_yaml
 from finetune.dataset.settings import DatasetConfig
 from finetune.errors import UserError, did_you_mean
 from finetune.methods.base import Method, methods
@@ -107,6 +107,10 @@ class Recipe(Section, Generic[M]):
                 for caption in self.dataset.captions
                 if not self.has_placeholder(caption)
             ]
+        if self.method.trains_word and self.dataset.caption_dropout:
+            problems.append(
+                f"dataset.caption_dropout: {self.placeholder!r} is learnt from captions that have it. Remove it."
+            )
         return problems
 
     def _check_rates(self) -> list[str]:
@@ -177,7 +181,7 @@ class _UnknownMethod(Method):
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe[Any]:
     """Read, override and check a recipe; every problem in one UserError."""
     path = find(name)
-    tree = read_tree(path, overrides)
+    tree = override(_read(path), overrides)
     problems: list[str] = []
     method: type[Method] = _UnknownMethod
     try:
@@ -192,6 +196,30 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe[Any]:
     except UserError as error:
         problems += error.problems
     raise UserError([f"{path}:", *(f"  {problem}" for problem in problems)])
+
+
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's plain data over that of the recipe that it extends, section by section."""
+    tree = read_tree(path)
+    if "extends" not in tree:
+        return tree
+    name = tree.pop("extends")
+    if not isinstance(name, str) or path in heirs:
+        why = "it extends itself" if path in heirs else f"expected the name of a recipe, got {name!r}"
+        raise UserError(f"{path}: extends: {why}")
+    beside = path.parent / f"{name}.yaml"
+    return _over(_read(beside if beside.is_file() else find(name), (*heirs, path)), tree)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key, a method of another name as a whole."""
+    merged = {**below, **above}
+    for section, settings in above.items():
+        inherited = below.get(section)
+        if isinstance(settings, dict) and isinstance(inherited, dict):
+            other = section == "method" and settings.get("name", inherited.get("name")) != inherited.get("name")
+            merged[section] = settings if other else {**inherited, **settings}
+    return merged
 
 
 def _method_of(tree: dict[str, Any]) -> type[Method]:

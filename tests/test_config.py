@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from finetune.config import LocalPath, PositiveFloat, PositiveInt, Section, Strings, build, read_tree
+from finetune.config import LocalPath, PositiveFloat, PositiveInt, Section, Strings, build, override, read_tree
 from finetune.errors import UserError
 
 
@@ -28,7 +28,7 @@ class Cake(Section):
 def read(tmp_path: Path, text: str, *overrides: str) -> dict[str, Any]:
     file = tmp_path / "cake.yaml"
     file.write_text(text, encoding="utf-8")
-    return read_tree(file, overrides)
+    return override(read_tree(file), overrides)
 
 
 def bake(tmp_path: Path, text: str, *overrides: str) -> Cake:

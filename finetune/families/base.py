@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 from finetune.exact import in_float32
 from finetune.files import read_shapes
 from finetune.objectives import Diffusion, Flow, Objective
@@ -29,6 +30,15 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 Tokens = Mapping[str, Tensor]  # text encoder -> (B, L) ids
+# What a part's names begin with in a single file, by the key of its words; diffusers reads no other parts from one.
+STORED = {
+    "clip_l": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
+    "clip_g": ("conditioner.embedders.1.", "text_encoders.clip_g."),
+    "t5": ("text_encoders.t5xxl.",),
+    "vae": ("first_stage_model.", "vae."),
+}
+# What lies beside weights that are packed into fewer bits, by ComfyUI (scaled fp8), bitsandbytes and Nunchaku.
+PACKED = r"(scale_weight|weight_scale(_\d)?|scaled_fp8|comfy_quant|absmax|wscales)$"
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -114,7 +124,8 @@ class Family(ABC):
 
         kind: Any = getattr(diffusers, cls.pipeline_class)
         if source.is_single_file:
-            pipeline = kind.from_single_file(source.path, config=source.config, dtype=source.dtype, **cls.without)
+            parts = {**cls.without, **cls._lacking(kind, source)}
+            pipeline = kind.from_single_file(source.path, config=source.config, dtype=source.dtype, **parts)
         else:
             pipeline = kind.from_pretrained(
                 source.path, revision=source.revision, dtype=source.dtype, use_safetensors=True, **cls.without
@@ -125,6 +136,30 @@ class Family(ABC):
         if zero_terminal_snr and isinstance(objective, Diffusion) and objective.prediction == "epsilon":
             raise UserError("train.zero_terminal_snr: at pure noise epsilon says nothing; this base must predict v")
         return cls(pipeline, objective, source)
+
+    @classmethod
+    def _lacking(cls, kind: Any, source: Source) -> dict[str, Any]:
+        """The parts that a single file lacks, such as all but the denoiser, with the config's weights."""
+        names = tuple(_shapes(source))
+        keys = {**cls.word_keys, "vae": "vae"}
+        held = {part for part, key in keys.items() if any(name.startswith(STORED.get(key, ())) for name in names)}
+        lacking = [part for part in keys if part not in held]
+        if not lacking:
+            return {}
+        problem = f"base.source: {source.path} lacks the {', '.join(lacking)}"
+        if source.config is None:
+            raise UserError(
+                f"{problem}. Name a folder in diffusers' layout, or a model of the Hub, that has their weights "
+                "(base.config, or --config)."
+            )
+        unread = dict.fromkeys([cls.denoiser_name, *held])
+        try:
+            other = kind.from_pretrained(
+                source.config, dtype=source.dtype, use_safetensors=True, **cls.without, **unread
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{problem}, and {source.config} does not have their weights: {reason(error)}") from None
+        return {part: getattr(other, part) for part in lacking}
 
     @abstractmethod
     def encode_prompt(self, tokens: Tokens) -> Prompt:
@@ -172,6 +207,8 @@ class Family(ABC):
     def to(self, device: torch.device) -> None:
         self.resting = ()
         self.pipeline.to(device)
+        # Picture by picture the VAE needs a fraction of the memory, and half of the speed on a CPU.
+        self.pipeline.vae.use_slicing = device.type == "cuda"
 
     def rest(self, names: Sequence[str]) -> None:
         """Keep parts that no step needs off the device, but while pictures are drawn."""
@@ -312,13 +349,29 @@ def _single_file_kind(source: Source) -> str:
     """What diffusers takes the file for, judged by its tensors' names and shapes alone."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
+    return infer_diffusers_model_type(
+        {name: torch.empty(shape, device="meta") for name, shape in _shapes(source).items()}
+    )
+
+
+def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Those of a single file's tensors.
+
+    Raises:
+        UserError: diffusers would take it for what it is not.
+    """
     try:
         shapes = read_shapes(Path(source.path))[0]
     except UserError as error:
         raise UserError(f"base.source: {error}") from None
     if any("lora" in name for name in shapes):  # diffusers takes whatever it does not know for Stable Diffusion 1
         raise UserError(f"base.source: {source.path} is an adapter and no base; `finetune inspect` says what for")
-    return infer_diffusers_model_type({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    if packed := next((name for name in shapes if re.search(PACKED, name)), None):  # it would leave out the scales
+        raise UserError(
+            f"base.source: {source.path} holds weights that are packed into fewer bits (beside them is {packed}), "
+            "which diffusers does not unpack. Use the file in 16 bits; base.quantize packs what does not fit."
+        )
+    return shapes
 
 
 families: Registry[Family] = Registry("model family", "finetune.families")
