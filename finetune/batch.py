@@ -31,6 +31,7 @@ class Batch:
     prompt: Prompt | Tokens  # tokens where the text encoder's weights or words are trained
     geometry: Tensor  # (B, 6), see Family.denoise
     num_prior: int  # how many of the last samples are prior
+    mask: Tensor | None = None  # (B, 1, H, W), how much each place counts; without it, all alike
 
     def last(self, count: int) -> Batch:
         """The last samples alone."""
@@ -42,20 +43,35 @@ class Batch:
         latents, noise, time, geometry = (
             part[-count:] for part in (self.latents, self.noise, self.time, self.geometry)
         )
-        return Batch(latents, noise, time, prompt, geometry, count)
+        mask = None if self.mask is None else self.mask[-count:]
+        return Batch(latents, noise, time, prompt, geometry, count, mask)
 
 
 class Encoder:
     """Turns draws into batches on the family's device.
 
-    Latents are kept as the VAE's posterior by (file content, crop, flip), prompts by their text.
+    Latents are kept as the VAE's posterior by (file content, crop, flip), masks likewise, prompts by their text.
+
+    Args:
+        unmasked_weight: how much a place outside a mask counts; None where there are no masks at all.
     """
 
-    def __init__(self, family: Family, *, size: int, trains_text: bool, noise_offset: float):
+    def __init__(
+        self,
+        family: Family,
+        *,
+        size: int,
+        trains_text: bool,
+        noise_offset: float,
+        unmasked_weight: float | None = None,
+    ):
         self.family = family
         self.trains_text = trains_text
         self.noise_offset = noise_offset
-        self.posteriors = Cache(self._encode_pictures, _num_bytes, _group(size))
+        self.unmasked_weight = unmasked_weight
+        self.cell = family.pipeline.vae_scale_factor
+        self.posteriors = Cache(self._encode_pictures, _num_bytes, _group(size), lambda draw: draw.crop.size)
+        self.masks = Cache(self._read_masks, lambda mask: mask.nbytes, PICTURES_AT_ONCE)
         self.prompts = Cache(self._encode_captions, _num_bytes, 1)
 
     def prepare(self, draws: Iterable[Draw], *, show: bool = False) -> list[str]:
@@ -64,11 +80,13 @@ class Encoder:
         Returns:
             The parts of the pipeline that are not needed for them any more.
         """
-        pictures, captions = {}, {}
+        pictures, masks, captions = {}, {}, {}
         for draw in draws:
-            pictures[draw.key], captions[draw.caption] = draw, draw.caption
+            pictures[draw.key], masks[draw.mask_key], captions[draw.caption] = draw, draw, draw.caption
+        if self.unmasked_weight is not None:
+            self.masks.fill(masks)
         done = ["vae"] if self.posteriors.fill(pictures, title="encoding pictures" if show else None) else []
-        if not self.trains_text and self.prompts.fill(captions):
+        if not self.trains_text and self.prompts.fill(captions, title="encoding captions" if show else None):
             done += self.family.text_encoders
         return done
 
@@ -77,7 +95,8 @@ class Encoder:
         samples = [self._sample(posteriors[draw.key], draw) for draw in draws]
         latents, noise, time = (torch.cat(parts).to(self.family.device) for parts in zip(*samples, strict=True))
         geometry = torch.tensor([draw.geometry for draw in draws], dtype=torch.float32, device=self.family.device)
-        return Batch(latents, noise, time, self._prompt([draw.caption for draw in draws]), geometry, num_prior)
+        prompt = self._prompt([draw.caption for draw in draws])
+        return Batch(latents, noise, time, prompt, geometry, num_prior, self._mask(draws))
 
     def _sample(self, posterior: Posterior, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, noise and time of one sample, from its own generator: B is 1."""
@@ -89,6 +108,19 @@ class Encoder:
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn((*shape[:2], 1, 1), generator=generator)
         return latents, noise, time
+
+    def _mask(self, draws: Sequence[Draw]) -> Tensor | None:
+        if self.unmasked_weight is None:
+            return None
+        known = self.masks.get({draw.mask_key: draw for draw in draws})
+        coverage = torch.stack([known[draw.mask_key] for draw in draws]).to(self.family.device)
+        return self.unmasked_weight + (1 - self.unmasked_weight) * coverage
+
+    def _read_masks(self, draws: Sequence[Draw]) -> list[Tensor]:
+        unique = dict.fromkeys(draws)  # a group is filled up with its last one
+        with ThreadPoolExecutor() as pool:
+            found = dict(zip(unique, pool.map(lambda draw: draw.coverage(self.cell), unique), strict=True))
+        return [torch.from_numpy(found[draw]) for draw in draws]
 
     def _encode_pictures(self, draws: Sequence[Draw]) -> list[Posterior]:
         with ThreadPoolExecutor() as pool:

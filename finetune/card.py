@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.architectures import ARCHITECTURES, from_header
 from finetune.export import LORA_FILE, WORDS_FILE, Verdict
-from finetune.files import read_shapes
+from finetune.files import read_shapes, whole
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -79,7 +79,8 @@ def write_card(
         error=verdict.error,
         digest=recipe.digest(),
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+    with whole(folder / "README.md", overwrite=True) as unfinished:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(unfinished)
     return folder / "README.md"
 
 

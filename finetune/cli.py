@@ -57,23 +57,12 @@ def train(
     loaded = _load(recipe, overrides)
     from finetune import run
 
-    at_work = run.prepare(loaded, resume=resume, overwrite=overwrite)
-    if at_work.is_main:
-        _print_plan(loaded, at_work.pictures, at_work.describe_machine())
-        for text in at_work.warnings():
-            print(f"warning: {text}")
     try:
-        at_work.loop()
-    except run.Stopped:
-        print(f"stopped after step {at_work.trainer.step}; --resume goes on from there", file=sys.stderr)
+        _carry_out(loaded, resume=resume, overwrite=overwrite)
+    except run.Stopped as stopped:
+        if str(stopped):  # one process of several speaks for all
+            print(stopped, file=sys.stderr)
         sys.exit(130)
-    if not at_work.is_main:
-        return
-    result = at_work.finish()
-    print(f"reloaded into a fresh pipeline: {result.verdict.error:.2%} off what was learnt")
-    for file in result.files:
-        print(f"{file}  ({_describe(file)})")
-    print(*filter(None, [result.grid, result.card]), sep="\n")
 
 
 @app.command()
@@ -161,17 +150,25 @@ def check(
     recipe: RecipeName,
     overrides: Overrides = None,
     memory: Annotated[bool, typer.Option("--memory", help="And the GPU memory that it needs.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
 ) -> None:
-    """The recipe and its pictures, before any model is loaded."""
-    loaded = _load(recipe, overrides)
-    from finetune.plan import check
+    """The recipe and its pictures, before any model is loaded; status 1 with warnings, 2 with errors."""
+    from json import dumps
 
-    _print_plan(loaded, pictures := check(loaded))
-    if memory:
-        from finetune.memory import estimate, table
+    from finetune.plan import failure, survey
 
-        captions = [caption for picture in pictures for caption in picture.captions]
-        print(*table(estimate(loaded, captions)), sep="\n")
+    try:
+        report = survey(loaded := _load(recipe, overrides))
+        shown = {"lines": report.lines(), "json": report.as_dict()}
+        if memory:
+            _add_memory(loaded, [text for picture in report.pictures for text in picture.captions], shown)
+    except (UserError, OSError) as error:
+        if json:
+            print(dumps(failure(error), indent=2))
+        raise
+    print(dumps(shown["json"], indent=2) if json else "\n".join(shown["lines"]))
+    if report.status:
+        sys.exit(report.status)
 
 
 @app.command()
@@ -281,10 +278,45 @@ def version() -> None:
     print(__version__)
 
 
+def _carry_out(recipe: Any, *, resume: bool, overwrite: bool) -> None:
+    """A run from start to end, in words."""
+    from finetune import run
+    from finetune.plan import warnings
+
+    stop = run.Stop()
+    with stop.listening():
+        at_work = run.prepare(recipe, resume=resume, overwrite=overwrite, stop=stop)
+        if at_work.is_main:
+            _print_plan(recipe, at_work.pictures, at_work.describe_machine())
+            for text in [*warnings(recipe, at_work.pictures), *at_work.warnings()]:
+                print(f"warning: {text}")
+        at_work.loop()
+        if not at_work.is_main:
+            return
+        result = at_work.finish()
+    print(f"reloaded into a fresh pipeline: {result.verdict.error:.2%} off what was learnt")
+    for file in result.files:
+        print(f"{file}  ({_describe(file)})")
+    print(*filter(None, [result.grid, result.card]), sep="\n")
+    if at_work.unwritten:
+        raise UserError([f"{what} could not be written in full ({why})" for what, why in at_work.unwritten.items()])
+
+
 def _load(recipe: str, overrides: list[str] | None) -> Any:
     from finetune.recipe import load
 
     return load(recipe, overrides or [])
+
+
+def _add_memory(recipe: Any, captions: list[str], shown: dict[str, Any]) -> None:
+    """What `check --memory` says on top."""
+    from dataclasses import asdict
+
+    from finetune.memory import estimate, table
+
+    needed = estimate(recipe, captions)
+    shown["lines"] += table(needed)
+    shown["json"]["memory"] = {**asdict(needed), "step": needed.step, "run": needed.run}
 
 
 def _print_plan(recipe: Any, pictures: Any, machine: str | None = None) -> None:

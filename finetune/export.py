@@ -12,7 +12,7 @@ from torch import Tensor
 from finetune.adapter import in_precision
 from finetune.batch import Batch
 from finetune.families.base import Family
-from finetune.files import write_tensors
+from finetune.files import whole, write_tensors
 from finetune.lowrank import LowRank
 from finetune.originals import clip_name
 from finetune.student import predict
@@ -44,6 +44,13 @@ def save_words(family: Family, folder: Path, dtype: torch.dtype, header: Mapping
     several = len(tables) > 1
     named = {family.word_keys[name] if several else table.word: table.new for name, table in tables.items()}
     return [save(named, folder / WORDS_FILE, dtype, header)]
+
+
+def save_pipeline(family: Family, folder: Path) -> Path:
+    """The whole pipeline, as diffusers reads it."""
+    with whole(folder / "checkpoint", overwrite=True) as unfinished:
+        family.pipeline.save_pretrained(unfinished, safe_serialization=True)
+    return folder / "checkpoint"
 
 
 @dataclass(frozen=True)

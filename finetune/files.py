@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ Header = dict[str, str]
 def whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary name beside `path` to write a file or a folder to, which takes its place when all went well.
 
+    It is on the disk itself before it gets its name, so that a power cut cannot leave a whole name on half a file.
+
     Raises:
         UserError: it exists already and may not be replaced.
     """
@@ -31,24 +35,50 @@ def whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield unfinished
+        for part in [*unfinished.rglob("*"), unfinished]:
+            to_disk(part)
         if path.is_dir():
             shutil.rmtree(path)
         unfinished.replace(path)
+        to_disk(path.parent)
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
         unfinished.unlink(missing_ok=True)
 
 
+def to_disk(path: Path) -> None:
+    """Have the system write a file or the names in a folder out of its memory, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str], *, overwrite: bool) -> Path:
     """A safetensors file; each tensor keeps its precision."""
-    from safetensors.torch import save_file
-
     with whole(path, overwrite=overwrite) as unfinished:
         plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        save_file(plain, unfinished, metadata={"format": "pt", **header})
+        save_tensors(plain, unfinished, {"format": "pt", **header})
         unfinished.chmod(0o644)  # safetensors writes files that only their owner may read
     return path
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
+    """safetensors' own writer, with the system's error where there is no room, as every other writer has it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=dict(header) if header else None)
+    except SafetensorError as error:
+        if (found := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(number := int(found[1]), os.strerror(number), str(path)) from None
 
 
 def read_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], Header]:

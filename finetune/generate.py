@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from finetune.adapter import AdapterWeights
 from finetune.canvas import Frame, Size
 from finetune.errors import UserError
 from finetune.families.base import Source, detect, families
 from finetune.files import read_shapes
+from finetune.formats import read
 from finetune.load import Adapter, load_adapters
 from finetune.quiet import quiet_loading
 from finetune.render import file_name, render, use_ddim
@@ -77,19 +79,24 @@ def _base_of(adapters: Sequence[Adapter]) -> str:
 
 def _open(base: str, revision: str | None, config: str | None, adapters: Sequence[Adapter], task: Task) -> Any:
     """The task's pipeline of a base, with adapters in it, on the fastest device."""
-    read = {file: read_shapes(file) for adapter in adapters for file in adapter.files()}
+    headers = {file: read_shapes(file)[1] for adapter in adapters for file in adapter.files()}
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     loaded = load_base(Source(base, revision, dtype, config))
-    use_ddim(loaded, zero_terminal_snr=any(header.get("zero_terminal_snr") == "true" for _, header in read.values()))
+    use_ddim(loaded, zero_terminal_snr=any(header.get("zero_terminal_snr") == "true" for header in headers.values()))
     pipeline = task.switch(loaded)
     if hasattr(pipeline, "unet") and pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
-        for file, (names, _) in read.items():
-            if any("conv_in" in name for name in names):
-                raise UserError(
-                    f"--adapter: {file} changes the first convolution, which takes other channels in {task.name}. "
-                    "Train it with method.targets that leave conv_in out."
-                )
+        _check_first_convolution(headers, task)
     return load_adapters(pipeline, adapters).to(device)
+
+
+def _check_first_convolution(files: Iterable[Path], task: Task) -> None:
+    for file in files:
+        content = read(file)  # its layers under diffusers' names, whatever the file calls them
+        if isinstance(content, AdapterWeights) and "conv_in" in content.parts.get("unet", {}):
+            raise UserError(
+                f"--adapter: {file} changes the first convolution, which takes other channels in {task.name}. "
+                "A LoRA whose method.targets leave conv_in out can be used there."
+            )
 
 
 def load_base(source: Source, *, every_part: bool = False) -> Any:

@@ -1,14 +1,123 @@
-"""What a run will do, worked out before any model loads."""
+"""What a run will do and what is wrong with it, worked out before any model loads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import re
+import shutil
+import struct
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from finetune import spelling
+from finetune.dataset.health import LOOKED_AT, Finding, cut_away, enlargement, examine, trained_size
 from finetune.dataset.scan import Picture, scan
+from finetune.dataset.storage import kept
 from finetune.errors import UserError
 from finetune.methods.base import Prior
 from finetune.recipe import Recipe
+
+SEEN = 10, 1000  # how many times a picture usually is, at the least and at the most
+SEEN_AT_MOST = {"textual_inversion": 10_000}  # 8 of 5 pictures in each of 5,000 steps (2208.01618)
+BYTES_A_PIXEL = 2  # of a PNG; a file of noise has 3
+BYTES_A_WEIGHT = 12  # of a checkpoint: itself and AdamW's two moments, in float32
+TOLD = 5  # warnings that `train` prints
+# A part of what a UserError says -> its code. What is not here is "invalid".
+CODES = {
+    r"cannot be read as a picture": "unreadable",
+    r"has no caption|has no row|no caption (for|in) ": "no-caption",
+    r": is empty$": "empty-caption",
+    r"is captioned by": "two-captions",
+    r"has neither \{\} nor": "placeholder-missing",
+    r"no pictures in|no picture in": "no-pictures",
+    r"mask": "mask",
+}
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of one picture."""
+
+    path: str
+    width: int
+    height: int
+    trained_at: tuple[int, int]  # width, height
+    enlarged: float  # times; below 1 it is made smaller
+    cut_away: float  # share of its area
+    captions: tuple[str, ...]  # with the placeholder
+    seen: float  # times
+
+    def __str__(self) -> str:
+        cut = f", {self.cut_away:.0%} cut away" * (self.cut_away >= 0.005)
+        trained = "{} x {}".format(*self.trained_at)
+        captions = " or ".join(map(repr, self.captions[:2])) + " or another" * (len(self.captions) > 2)
+        return (
+            f"{self.path}  {self.width} x {self.height} to {trained} (x {self.enlarged:.2f}{cut}), "
+            f"seen {self.seen:.3g} times as {captions}"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that `finetune check` says."""
+
+    plan: Mapping[str, str]
+    pictures: Sequence[Fate]
+    findings: Sequence[Finding]
+
+    @property
+    def status(self) -> int:
+        """The command's exit status."""
+        return 2 if any(finding.severity == "error" for finding in self.findings) else int(bool(self.findings))
+
+    def lines(self) -> list[str]:
+        """For people: the plan, and each picture with something wrong with it."""
+        lines = [f"{title:10}{text}" for title, text in self.plan.items()]
+        fates = {fate.path: fate for fate in self.pictures}
+        wrong: defaultdict[str, list[Finding]] = defaultdict(list)
+        for finding in self.findings:
+            wrong[finding.file].append(finding)
+        for file, findings in wrong.items():
+            if file in fates:
+                lines += [str(fates[file]), *(f"  {finding.severity}: {finding.message}" for finding in findings)]
+            else:
+                lines += [f"{finding.severity}: {finding}" for finding in findings]
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        problems = [asdict(finding) for finding in self.findings]
+        pictures = [asdict(fate) for fate in self.pictures]
+        return {"status": self.status, "problems": problems, "plan": dict(self.plan), "pictures": pictures}
+
+
+def survey(recipe: Recipe[Any]) -> Report:
+    """The whole check.
+
+    Raises:
+        UserError: everything that makes a run impossible.
+    """
+    pictures = check(recipe)
+    return Report(plan(recipe, pictures), fates(recipe, pictures), find(recipe, pictures))
+
+
+def failure(error: UserError | OSError) -> dict[str, Any]:
+    """A report's dictionary, of a recipe that cannot be run."""
+    problems, header = [], ""
+    for text in error.problems if isinstance(error, UserError) else [str(error)]:
+        if text.endswith(":"):
+            header = text[:-1]  # of a recipe, whose problems follow, indented
+        else:
+            code = next((code for words, code in CODES.items() if re.search(words, text)), "invalid")
+            file, _, message = text.strip().partition(": ")
+            if text.startswith(" "):
+                code, file, message = "recipe", header, text.strip()
+            problems.append(asdict(Finding(code, file if message else "", message or file, "error")))
+    return {"status": 2, "problems": problems, "plan": None, "pictures": []}
 
 
 def check(recipe: Recipe[Any]) -> list[Picture]:
@@ -28,19 +137,149 @@ def check(recipe: Recipe[Any]) -> list[Picture]:
 
 def plan(recipe: Recipe[Any], pictures: Sequence[Picture]) -> dict[str, str]:
     """A line for each thing that a user wants to know first."""
-    train, method = recipe.train, recipe.method
+    train, method, config = recipe.train, recipe.method, recipe.dataset
     smallest = min(min(picture.width, picture.height) for picture in pictures)
-    enlarged = f", the smallest enlarged from {smallest}" if smallest < recipe.dataset.resolution else ""
-    seen = train.steps * train.batch_size / len(pictures)
-    return {
+    enlarged = f", the smallest enlarged from {smallest}" if smallest < config.resolution else ""
+    often = sorted(_times_seen(recipe, pictures))
+    times = f"{often[0]:.3g}" if often[0] == often[-1] else f"{often[0]:.3g} to {often[-1]:.3g}"
+    lines = {
         "method": f"{method.name}: {method.summary}",
         "base": recipe.base.source,
-        "pictures": f"{len(pictures)} in {recipe.dataset.where}, trained at {recipe.dataset.resolution} px{enlarged}",
+        "pictures": f"{len(pictures)} in {config.where}, trained at {config.resolution} px{enlarged}",
         "captions": recipe.fill(pictures[0].captions[0]),
-        "steps": f"{train.steps} updates of {train.batch_size} pictures: each is seen {seen:.3g} times",
+        "steps": f"{train.steps} updates of {train.batch_size} pictures: each is seen {times} times",
         "prior": _describe(method.prior_half),
         "output": str(recipe.output.folder),
     }
+    unchecked = []
+    if spelling.folder_of(recipe.base) is None:
+        unchecked.append("whether captions fit and the placeholder is a rare word: the base is not on this machine")
+    if len(pictures) > LOOKED_AT:
+        unchecked.append(f"what pictures after the first {LOOKED_AT} show")
+    return lines | ({"unchecked": "; ".join(unchecked)} if unchecked else {})
+
+
+def fates(recipe: Recipe[Any], pictures: Sequence[Picture]) -> list[Fate]:
+    """How each picture is scaled, cut, named and drawn."""
+    return [
+        Fate(
+            path=picture.path,
+            width=picture.width,
+            height=picture.height,
+            trained_at=trained_size(picture.width, picture.height, recipe.dataset),
+            enlarged=enlargement(picture, recipe.dataset),
+            cut_away=cut_away(picture, recipe.dataset),
+            captions=tuple(map(recipe.fill, picture.captions)),
+            seen=seen,
+        )
+        for picture, seen in zip(pictures, _times_seen(recipe, pictures), strict=True)
+    ]
+
+
+def find(recipe: Recipe[Any], pictures: Sequence[Picture]) -> list[Finding]:
+    """Everything that is wrong and does not make a run impossible, by picture first."""
+    captions = _captions_by_file(recipe, pictures)
+    found = examine(pictures, recipe.dataset)
+    speller = spelling.find_speller(recipe.base)
+    if speller is not None:
+        found += spelling.check(recipe, captions, speller)
+    return [*found, *_unnamed(recipe, captions), *_same(recipe, pictures), *_rhythm(recipe, pictures), *_room(recipe)]
+
+
+def warnings(recipe: Recipe[Any], pictures: Sequence[Picture]) -> list[str]:
+    """Those of `find` as a few lines, before a run; of captions the loaded base itself tells more."""
+    found = [str(finding) for finding in find(recipe, pictures) if finding.code != "caption-cut"]
+    more = [f"{len(found) - TOLD} more: finetune check says them all"] if len(found) > TOLD else []
+    return found[:TOLD] + more
+
+
+def _times_seen(recipe: Recipe[Any], pictures: Sequence[Picture]) -> list[float]:
+    total = sum(picture.weight for picture in pictures)
+    return [recipe.train.steps * recipe.train.batch_size * picture.weight / total for picture in pictures]
+
+
+def _captions_by_file(recipe: Recipe[Any], pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
+    """Those of the recipe once, under the setting's name."""
+    shared = recipe.dataset.captions
+    found = {picture.path: picture.captions for picture in pictures if picture.captions != shared}
+    return found if len(found) == len(pictures) else {"dataset.captions": shared, **found}
+
+
+def _unnamed(recipe: Recipe[Any], captions: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
+    """Captions without the placeholder, where others have it or the method is about it."""
+    lacking = [(file, text) for file, texts in captions.items() for text in texts if not recipe.has_placeholder(text)]
+    if recipe.method.name != "dreambooth" and len(lacking) == sum(map(len, captions.values())):
+        return  # a LoRA that works without a word
+    for file, text in lacking:
+        what = f"the caption {text!r} has neither {{}} nor {recipe.placeholder!r}, so the word does not learn from it"
+        yield Finding("placeholder-missing", file, f"{what}. Add {{}}.")
+
+
+def _same(recipe: Recipe[Any], pictures: Sequence[Picture]) -> Iterator[Finding]:
+    """One caption for all pictures of a style; for one of a subject that is usual."""
+    texts = {text for picture in pictures for text in picture.captions}
+    if recipe.method.name == "lora" and len(pictures) > 1 and len(texts) == 1:
+        (text,) = texts
+        if re.search(r"\bstyle\b", recipe.fill(text).lower()):
+            what = f"all have the caption {text!r}, so what they show is learnt as a part of the style"
+            yield Finding("same-captions", recipe.dataset.where, f"{what}. Say in each what its picture shows.")
+
+
+def _rhythm(recipe: Recipe[Any], pictures: Sequence[Picture]) -> Iterator[Finding]:
+    """Pictures that are seen far less or far more often than usual."""
+    often = _times_seen(recipe, pictures)
+    least, most = SEEN[0], SEEN_AT_MOST.get(recipe.method.name, SEEN[1])
+    for code, times, wanted in (("seen-rarely", min(often), least), ("seen-often", max(often), most)):
+        if times < least if code == "seen-rarely" else times > most:
+            steps = max(1, math.ceil(recipe.train.steps * wanted / times))
+            what = f"a picture is seen {times:.3g} times, and {least} to {most} are usual"
+            yield Finding(code, "train.steps", f"{what}. {wanted} would be train.steps={steps}.")
+
+
+def _room(recipe: Recipe[Any]) -> Iterator[Finding]:
+    """Disks that are clearly too small for what is written to them."""
+    needed: defaultdict[Path, int] = defaultdict(int)
+    for folder, size in _written(recipe).items():
+        needed[_existing(folder)] += size
+    for folder, size in needed.items():
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            ways = "Make room, choose another output.folder, or write fewer checkpoints and samples."
+            what = f"the run writes {size / 1e9:,.1f} GB or more, and {free / 1e9:,.1f} GB are free"
+            yield Finding("disk", str(folder), f"{what}. {ways}")
+
+
+def _written(recipe: Recipe[Any]) -> dict[Path, int]:
+    """Folder -> bytes, at the least."""
+    train, shown, prior = recipe.train, recipe.validation, recipe.method.prior_half
+    image = BYTES_A_PIXEL * recipe.dataset.resolution**2
+    rounds = 2 + (train.steps // shown.every if shown.every else 0)
+    saved = min(train.steps // train.checkpoint_every, train.keep_checkpoints) if train.checkpoint_every else 0
+    weights = _whole_weights(recipe) * (saved * BYTES_A_WEIGHT + 2 * getattr(recipe.method, "export_checkpoint", False))
+    made = prior.count if prior is not None and prior.source == "images" else 0
+    return {recipe.output.folder: len(shown.prompts) * rounds * image + weights, kept("class-images"): made * image}
+
+
+def _whole_weights(recipe: Recipe[Any]) -> int:
+    """How many there are in a denoiser that is trained as a whole; 0 where it is not, or not on this machine."""
+    folder = spelling.folder_of(recipe.base)
+    if folder is None or getattr(recipe.method, "denoiser", "lora") != "whole":
+        return 0
+    files = [file for part in ("unet", "transformer") for file in (folder / part).glob("*.safetensors")]
+    largest = max((sum(_sizes(file)) for file in files if ".fp16" not in file.name), default=0)
+    return max(largest, sum(sum(_sizes(file)) for file in files if "-of-" in file.name))
+
+
+def _sizes(file: Path) -> Iterator[int]:
+    """The number of weights of each tensor in a safetensors file."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(min(length, 10**8)))
+    yield from (math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _existing(folder: Path) -> Path:
+    return next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
 
 
 def _describe(prior: Prior | None) -> str:
@@ -48,4 +287,4 @@ def _describe(prior: Prior | None) -> str:
         return "none"
     if prior.source == "prediction":
         return f"the base's own prediction on {prior.prompt!r}"
-    return f"{prior.count} pictures of {prior.prompt!r}, made by the base"
+    return f"{prior.count} pictures of {prior.prompt!r}, made by the base unless they are there from an earlier run"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ from tqdm import tqdm
 
 from finetune.dataset import Pictures
 from finetune.dataset.class_images import ClassImages
+from finetune.dataset.storage import kept
+from finetune.errors import UserError, reason
 from finetune.families.base import Family
 from finetune.methods.base import Prior
 from finetune.recipe import Recipe
@@ -62,15 +63,20 @@ def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, acceler
             batch_size=len(seeds),
         )
 
-    with family.sampling(), bar:
-        request.make(cache_folder(), mine, make, shown.batch_size)
+    try:
+        with family.sampling(), bar:
+            request.make(cache_folder(), mine, make, shown.batch_size)
+    except OSError as error:
+        raise UserError(
+            f"class images: {request.folder(cache_folder())} cannot be written ({reason(error)}). Make room, or set "
+            "XDG_CACHE_HOME to a folder that has some; those that are done stay."
+        ) from None
     accelerator.wait_for_everyone()
     return request
 
 
 def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "finetune" / "class-images"
+    return kept("class-images")
 
 
 def _sampler(family: Family) -> str:

@@ -13,6 +13,7 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # such pictures are refused with words
 
 
 def quiet_loading() -> None:

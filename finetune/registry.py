@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,7 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 
+@cache
 def headlines(package: str) -> dict[str, str]:
     """Each plug-in's name and the first line of its docstring, without importing it: some are heavy."""
     spec = importlib.util.find_spec(package)

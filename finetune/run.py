@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +12,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from PIL import Image
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from finetune import __version__, checkpoint
-from finetune.architectures import from_pipeline
+from finetune import checkpoint
+from finetune.base import load_family
 from finetune.card import write_card
 from finetune.dataset import Picture, Pictures
-from finetune.errors import UserError
-from finetune.export import Verdict, compare, probe
-from finetune.families.base import Family, Source, detect, families
-from finetune.grid import make_grid
-from finetune.load import load_adapters
+from finetune.delivery import Delivery, complaint, named, not_compared
+from finetune.errors import UserError, reason, warn
+from finetune.export import Verdict
+from finetune.families.base import Family
+from finetune.folder import CARD_FILE, CHECKPOINTS, GRID_FILE, OutputFolder
 from finetune.plan import check
 from finetune.prior import make_prior
-from finetune.quantize import quantize
-from finetune.quiet import quiet_loading
-from finetune.recipe import Recipe, known_families
-from finetune.render import file_name, render, use_ddim
-from finetune.tracking import Trackers
+from finetune.recipe import Recipe
+from finetune.samples import Samples
+from finetune.shortage import explained
+from finetune.stopping import Stop, Stopped
+from finetune.tracking import PATIENCE, Trackers
 from finetune.trainer import NonFiniteLoss, Report, Trainer
 
-RECIPE_FILE, GRID_FILE, CHECKPOINTS, SAMPLES = "recipe.yaml", "grid.png", "checkpoints", "samples"
+__all__ = ["CHECKPOINTS", "Result", "Run", "Stopped", "load_family", "prepare", "train"]
+LEAVING = 5.0  # seconds for the trackers of a run that was stopped
 
 
 def train(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = False) -> Result:
@@ -46,49 +44,58 @@ def train(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = False)
     return run.finish()
 
 
-def prepare(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = False) -> Run:
+def prepare(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = False, stop: Stop | None = None) -> Run:
     """Everything before the first step: data checked, base loaded, class images made, checkpoint read."""
+    stop = stop or Stop()
     pictures = check(recipe)
     # Accelerate keeps its state for the process; each recipe has a precision of its own.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
-    found = check_folder(recipe, resume=resume, overwrite=overwrite)
-    torch.manual_seed(recipe.train.seed)
-    family = load_family(recipe)
-    open_folder(recipe, accelerator, overwrite=overwrite)
-    family.to(accelerator.device)
-    concept = Pictures.from_pictures(pictures, recipe.dataset, recipe.placeholder)
-    prior = make_prior(recipe, family, concept, accelerator)
-    student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
-    run = Run(recipe, pictures, Trainer(student, concept, prior, recipe.train, accelerator))
-    if found is not None:
-        run.trainer.resume(checkpoint.load(found)["trainer"])
-    return run
-
-
-class Stopped(Exception):
-    """Asked to stop by a signal, and stopped after a whole step with a checkpoint."""
-
-
-@contextmanager
-def stopping_after_a_step(trainer: Trainer) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into a stop after the step at work; a second one acts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[int, Any] = {}
-
-    def ask(number: int, _: Any) -> None:
-        trainer.stop_asked = True
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, ask)
+    folder = OutputFolder(recipe, pictures)
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with stop.listening(), stop.breakable():
+            on_main(accelerator, lambda: folder.check(resume=resume, overwrite=overwrite))
+            found = folder.newest() if resume else None
+            torch.manual_seed(recipe.train.seed)
+            with explained(recipe, "loading the base", drawing=True):
+                family = load_family(recipe)
+                family.to(accelerator.device)
+            if found is not None:
+                folder.check_base(found, family.fingerprint)
+            on_main(accelerator, lambda: folder.open(resume=resume, overwrite=overwrite))
+            trainer = make_trainer(recipe, pictures, family, accelerator)
+            if found is not None:
+                trainer.resume(checkpoint.load(found)["trainer"])
+    except BaseException as error:
+        folder.close()
+        if isinstance(error, Stopped):
+            raise Stopped("stopped before the first step; class images that are done are kept") from None
+        raise
+    trainer.stop = stop
+    return Run(folder, pictures, trainer)
+
+
+def make_trainer(recipe: Recipe[Any], pictures: Sequence[Picture], family: Family, accelerator: Accelerator) -> Trainer:
+    concept = Pictures.from_pictures(pictures, recipe.dataset, recipe.placeholder)
+    with explained(recipe, "class images", drawing=True):
+        prior = make_prior(recipe, family, concept, accelerator)
+    with explained(recipe, "setting up"):
+        student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
+        return Trainer(student, concept, prior, recipe.train, accelerator)
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], None]) -> None:
+    """Have it done by one process; where it fails there, all fail, so that none waits for it."""
+    problems: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            act()
+        except UserError as error:
+            problems = [error.problems]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(problems)
+    if problems[0] is not None:
+        raise UserError(problems[0] if accelerator.is_main_process else [])
 
 
 @dataclass(frozen=True)
@@ -97,117 +104,32 @@ class Result:
 
     files: list[Path]
     grid: Path | None
-    card: Path
+    card: Path | None
     verdict: Verdict
 
 
-def load_family(recipe: Recipe[Any]) -> Family:
-    """The recipe's base as one of the families.
-
-    Raises:
-        UserError: no family is made for it, or the objective does not fit it.
-    """
-    quiet_loading()
-    source = Source(recipe.base.source, recipe.base.revision, _dtype(recipe), recipe.base.config)
-    name = recipe.base.family if recipe.base.family != "auto" else detect(source)
-    if name not in known_families():
-        raise UserError(f"base.source: {source.path} is a {name}, which no family here is made for")
-    try:
-        family = families[name].load(
-            source,
-            min_snr_gamma=recipe.train.min_snr_gamma,
-            zero_terminal_snr=recipe.train.zero_terminal_snr,
-        )
-    except UserError:
-        raise
-    except Exception as error:  # a broken folder fails in as many ways as it has files
-        hint = ""
-        if source.is_single_file and source.config is None:
-            hint = " Without the Hub, set base.config to a folder in diffusers' layout of the same architecture."
-        raise UserError(f"base.source: {source.path} cannot be loaded: {' '.join(str(error).split())}{hint}") from error
-    _check_size(recipe, family)
-    if recipe.base.quantize is not None:
-        quantize(family, recipe.base.quantize)
-    use_ddim(family.pipeline, zero_terminal_snr=recipe.train.zero_terminal_snr)
-    return family
-
-
-def _dtype(recipe: Recipe[Any]) -> torch.dtype:
-    mixed = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[recipe.train.precision]
-    return getattr(torch, mixed if recipe.base.dtype == "auto" else recipe.base.dtype)
-
-
-def _check_size(recipe: Recipe[Any], family: Family) -> None:
-    multiple = family.pipeline.vae_scale_factor * family.size_multiple
-    if over := recipe.dataset.resolution % multiple:
-        lower = recipe.dataset.resolution - over
-        raise UserError(
-            f"dataset.resolution: {recipe.dataset.resolution} is not a multiple of {multiple}, which this base needs. "
-            f"Try {lower or multiple}."
-        )
-
-
-def check_folder(recipe: Recipe[Any], *, resume: bool, overwrite: bool) -> Path | None:
-    """Whether the run may write there; the checkpoint to go on from, if there is one and it was asked for."""
-    folder = recipe.output.folder
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite contradict each other. Give one of them.")
-    if not all(path.is_dir() for path in (folder, *folder.parents) if path.exists()):
-        raise UserError(f"output.folder: {folder} cannot be a folder: a file is in the way")
-    held = [name for name in (RECIPE_FILE, CHECKPOINTS, SAMPLES) if (folder / name).exists()]
-    if held and not resume and not overwrite:
-        raise UserError(
-            f"output.folder: {folder} holds a run already ({', '.join(held)}). "
-            "Go on with --resume, replace it with --overwrite, or choose another folder."
-        )
-    found = checkpoint.newest(folder / CHECKPOINTS) if resume else None
-    if found is not None:
-        _check_unchanged(recipe, checkpoint.load(found)["recipe"], found)
-    return found
-
-
-def open_folder(recipe: Recipe[Any], accelerator: Accelerator, *, overwrite: bool) -> None:
-    """Make the output folder, or rid it of an earlier run's state, once everything else is known to work."""
-    folder = recipe.output.folder
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if overwrite:
-            for name in (CHECKPOINTS, SAMPLES, "tensorboard"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"output.folder: {folder} cannot be written to: {error}") from None
-    accelerator.wait_for_everyone()
-
-
-def _check_unchanged(recipe: Recipe[Any], before: str, found: Path) -> None:
-    """A run may only go on as what it was."""
-    then, now = json.loads(before), recipe.dump()
-    changed = [
-        f"{section}.{key}: was {then[section].get(key)!r}, is now {now[section].get(key)!r}"
-        for section in ("base", "method", "dataset", "train")
-        for key in sorted(then[section].keys() | now[section].keys())
-        if then[section].get(key) != now[section].get(key)
-    ]
-    if then["placeholder"] != recipe.placeholder:
-        changed.append(f"placeholder: was {then['placeholder']!r}, is now {recipe.placeholder!r}")
-    if changed:
-        raise UserError([f"--resume: the recipe differs from that of {found}:", *changed])
-
-
 class Run:
-    """A trainer at work: pictures on the way, checkpoints, trackers, and the files at the end."""
+    """A trainer at work: pictures on the way, checkpoints, trackers, and the files at the end.
 
-    def __init__(self, recipe: Recipe[Any], pictures: Sequence[Picture], trainer: Trainer):
-        self.recipe = recipe
+    Whatever ends it early, the last whole step is saved first. What it cannot write on
+    the way is told once and then done without; what it learnt, it writes or it fails.
+    """
+
+    def __init__(self, output: OutputFolder, pictures: Sequence[Picture], trainer: Trainer):
+        self.output = output
+        self.recipe = output.recipe
+        self.folder = output.path
         self.pictures = pictures
         self.trainer = trainer
+        self.stop = trainer.stop
         self.accelerator = trainer.accelerator
-        self.folder = recipe.output.folder
         self.family = trainer.student.family
-        self.prompts = [recipe.fill(prompt) for prompt in recipe.validation.prompts]
+        self.samples = Samples(self.recipe, self.family)
+        self.prompts = self.samples.prompts
+        self.delivery = Delivery(self.recipe, trainer, self.prompts)
+        self.saved = trainer.step  # the newest step in a checkpoint
+        self.first = self.told = 0  # the step begun with; the newest in the metrics
+        self.unwritten: dict[str, str] = {}  # what could not be written -> why
 
     @property
     def is_main(self) -> bool:
@@ -225,37 +147,64 @@ class Run:
         return [f"the end of this caption does not fit into the text encoder: {text}" for text in cut]
 
     def loop(self) -> None:
-        """Train to the end; when told to stop, or on divergence, leave a checkpoint of the last good step."""
-        total = self.recipe.train.steps
-        trackers = self._trackers() if self.is_main else None
-        if self.trainer.step == 0:
-            self.validate(trackers)
-        bar = tqdm(total=total, initial=self.trainer.step, desc="training", disable=not self.is_main)
+        """Train to the end.
+
+        Raises:
+            Stopped, UserError: it ended before, with what was kept in the message.
+        """
+        self.first = self.told = self.trainer.step
+        trackers, patience = self._trackers() if self.is_main else None, LEAVING
         try:
-            with stopping_after_a_step(self.trainer):
-                self._steps(bar, trackers)
-        except (Stopped, NonFiniteLoss):
-            self.save_checkpoint()
-            raise
+            with self.stop.listening():
+                self._train(trackers)
+            patience = PATIENCE
         finally:
-            bar.close()
             if trackers is not None:
-                trackers.close()
+                self.unwritten |= trackers.close(patience)
+
+    def _train(self, trackers: Trackers | None) -> None:
+        """The loop, and how it ends where that is not the last step."""
+        total = self.recipe.train.steps
+        try:
+            if self.first == 0:
+                self.validate(trackers)
+            with tqdm(total=total, initial=self.first, desc="training", disable=not self.is_main) as bar:
+                self._steps(bar, trackers)
+        except Stopped:
+            raise Stopped(self._together(self._stopped)) from None
+        except NonFiniteLoss as error:
+            told = [*error.problems, self._together(self._rescue)]
+            raise NonFiniteLoss(told if self.is_main else []) from None
+        except Exception as error:
+            raise self._explain(error) from error
 
     def _steps(self, bar: tqdm[Any], trackers: Trackers | None) -> None:
-        for report in self.trainer.steps():
+        with explained(self.recipe, "encoding the pictures", drawing=True), self.stop.breakable():
+            self.trainer.encode()
+        reports = self.trainer.steps()
+        while (report := self._next(reports)) is not None:
             bar.update()
             bar.set_postfix(loss=f"{report.loss:.4f}")
             if trackers is not None:
                 trackers.numbers(report.step, _numbers(report), [Path(draw.path).name for draw in report.draws])
+            self.told = report.step
             self._keep(report.step, trackers)
             if report.stopping:
                 raise Stopped
 
+    def _next(self, reports: Iterator[Report]) -> Report | None:
+        """The next step. Until the first is done there is nothing to save, and no need to wait for it."""
+        begun = self.trainer.step > self.first
+        with (
+            explained(self.recipe, f"step {self.trainer.step + 1}"),
+            contextlib.nullcontext() if begun else self.stop.breakable(),
+        ):
+            return next(reports, None)
+
     def _keep(self, step: int, trackers: Trackers | None) -> None:
-        last = step == self.recipe.train.steps
-        if _due(step, self.recipe.train.checkpoint_every) and not last:
-            self.save_checkpoint()
+        train, last = self.recipe.train, step == self.recipe.train.steps
+        if train.checkpoint_every is not None and (_due(step, train.checkpoint_every) or last) and self.is_main:
+            self._attempt("checkpoints", self.save_checkpoint)
         if _due(step, self.recipe.validation.every) or last:
             self.validate(trackers)
 
@@ -263,102 +212,125 @@ class Run:
         recipe = self.recipe
         return Trackers(recipe.tracking, self.folder, recipe.name, recipe.dump(), self.trainer.step)
 
-    def save_checkpoint(self) -> None:
-        if self.is_main:
-            state = {"trainer": self.trainer.state(), "recipe": json.dumps(self.recipe.dump())}
-            checkpoint.save(self.folder / CHECKPOINTS, self.trainer.step, state, self.recipe.train.keep_checkpoints)
+    def save_checkpoint(self, keep: int | None = None) -> None:
+        """Raises: OSError, with the checkpoints as they were."""
+        step, keep = self.trainer.step, keep or self.recipe.train.keep_checkpoints
+        self.output.save(step, self.trainer.state(), self.family.fingerprint, keep)
+        self.saved = step
+
+    def _attempt(self, what: str, act: Callable[[], Any]) -> Any:
+        """Write what the run can do without; what cannot be written is told once, and again at the end."""
+        try:
+            return act()
+        except OSError as error:
+            if what not in self.unwritten:
+                warn(f"{what} in {self.folder} cannot be written ({reason(error)}); the run goes on without")
+            self.unwritten[what] = reason(error)
+
+    def _stopped(self) -> str:
+        done = f"after step {self.trainer.step}" if self.trainer.step else "before the first step"
+        return f"stopped {done}; {self._save_last()}"
+
+    def _save_last(self, keep: int | None = None) -> str:
+        """Save the last whole step, if that is still to be done; what is kept, in words."""
+        step, trouble = self.trainer.step, ""
+        if step == self.told > self.saved and self.trainer.whole:
+            try:
+                self.save_checkpoint(keep)
+            except Exception as error:  # on the way out anything may be broken
+                trouble = f"step {step} cannot be saved ({reason(error)}); "
+        if not self.saved:
+            return f"{trouble}no step is kept, --resume begins anew"
+        return f"{trouble}step {self.saved} is kept in {self.output.checkpoints}, --resume goes on from there"
+
+    def _together(self, act: Callable[[], str]) -> str:
+        """Done by the main process while the others wait: a launcher ends all as soon as one has left."""
+        try:
+            return act() if self.is_main else ""
+        finally:
+            with contextlib.suppress(RuntimeError):  # some may have left all the same
+                self.accelerator.wait_for_everyone()
+
+    def _rescue(self) -> str:
+        """Training diverged: export the newest weights that still predict something, for the run cannot go on."""
+        if all(bool(weights.isfinite().all()) for weights in self.trainer.student.parameters()):
+            self._save_last(self.recipe.train.keep_checkpoints + 1)  # it may be no good, so none goes for it
+        for path in (None, *checkpoint.whole(self.output.checkpoints)):
+            if path is not None:
+                self.trainer.resume(checkpoint.load(path)["trainer"])
+            with self.trainer.averaged():
+                if self.delivery.is_sane():
+                    files = self.delivery.export({"ended": f"training diverged; this is step {self.trainer.step}"})
+                    return f"What was learnt until step {self.trainer.step} is in {named(files)}."
+        return "None of its weights predict anything any more, so there is nothing to export."
+
+    def _explain(self, error: Exception) -> Exception:
+        """The error with what is kept; each process that fails saves, for the others may not know yet."""
+        step, lost = self.trainer.step + 1, self.accelerator.num_processes > 1 and _lost_peer(error)
+        kept = self._save_last() if self.is_main or not lost else "the main process saves"
+        if lost:
+            return UserError([f"step {step}: another process of this run has ended; its own message says why", kept])
+        if isinstance(error, UserError):
+            return UserError([*error.problems, kept])
+        if isinstance(error, OSError):  # a step reads nothing but pictures
+            what = f"{error.filename or 'a picture'} cannot be read any more ({reason(error)})"
+            return UserError([f"step {step}: {what}. Bring it back, and go on.", kept])
+        error.add_note(kept)
+        return error
 
     def validate(self, trackers: Trackers | None) -> None:
         """Draw the validation prompts with the model as it trains, each process its share."""
-        paths = self.sample_paths(self.trainer.step)
+        step, count = self.trainer.step, len(self.prompts)
         with self.trainer.averaged():
-            self.draw(range(self.accelerator.process_index, len(paths), self.accelerator.num_processes))
+            self.draw(range(self.accelerator.process_index, count, self.accelerator.num_processes))
         self.accelerator.wait_for_everyone()
-        if trackers is not None and paths:
-            named = zip(self.prompts, paths, strict=True)
-            trackers.pictures(self.trainer.step, {f"validation/{prompt}": Image.open(path) for prompt, path in named})
+        if trackers is not None and self.prompts:
+            shown = self.samples.load(step)
+            trackers.pictures(step, {f"validation/{prompt}": picture for prompt, picture in shown.items()})
 
     def draw(self, indices: Sequence[int]) -> None:
         """Write some of this step's validation pictures."""
-        paths, shown = self.sample_paths(self.trainer.step), self.recipe.validation
-        with self.family.sampling(), self.accelerator.autocast():
-            images = render(
-                self.family.pipeline,
-                [self.prompts[index] for index in indices],
-                [shown.seed + index for index in indices],
-                steps=shown.steps,
-                guidance=shown.guidance,
-                size=self.recipe.dataset.resolution,
-                batch_size=shown.batch_size,
-            )
-        for index, image in zip(indices, images, strict=True):
-            paths[index].parent.mkdir(parents=True, exist_ok=True)
-            image.save(paths[index])
-
-    def sample_paths(self, step: int) -> list[Path]:
-        folder = self.folder / SAMPLES / f"step-{step:06d}"
-        return [folder / f"{index:02d}-{file_name(prompt)}.png" for index, prompt in enumerate(self.prompts)]
+        step = self.trainer.step
+        with (
+            explained(self.recipe, f"the validation pictures of step {step}", drawing=True),
+            self.family.sampling(),
+            self.accelerator.autocast(),
+            self.stop.breakable(),
+        ):
+            images = self.samples.render(indices)
+        self._attempt("samples", lambda: self.samples.save(step, images))
 
     def probe(self, family: Family) -> torch.Tensor:
-        """Predictions on fixed inputs, by which an export is compared with what was trained."""
-        prompts = self.prompts[:2] or [self.recipe.placeholder]
-        with family.sampling():
-            return probe(family, prompts, self.recipe.dataset.resolution)
+        return self.delivery.probe(family)
 
     def finish(self) -> Result:
         """Export, reload into a fresh pipeline, compare, and show."""
-        recipe, student = self.recipe, self.trainer.student
-        with self.trainer.averaged():
-            files = recipe.method.export(student, self.folder, getattr(torch, recipe.output.dtype), self._header())
-            if recipe.method.export_is_lossy:
-                self.draw(range(len(self.prompts)))
-            after = self.probe(self.family)
-        self.family.to(torch.device("cpu"))  # there may be no room for two
-        verdict = self._compare(files, after)
+        try:
+            with self.stop.listening():
+                files, verdict = self._export()
+        except UserError as error:
+            raise UserError([*error.problems, self._save_last()]) from None
+        finally:
+            self.output.close()
         if not verdict.passed:
-            raise UserError(_complaint(verdict, files))
-        grid = self.save_grid()
-        card = write_card(
-            recipe, files, fingerprint=self.family.fingerprint, num_pictures=len(self.pictures), verdict=verdict
-        )
+            raise UserError(complaint(verdict, files))
+        known = {"fingerprint": self.family.fingerprint, "num_pictures": len(self.pictures), "verdict": verdict}
+        grid = self._attempt(GRID_FILE, lambda: self.samples.save_grid(self.pictures, self.trainer.step))
+        card = self._attempt(CARD_FILE, lambda: write_card(self.recipe, files, **known))
         return Result(files, grid, card, verdict)
 
-    def _compare(self, files: Sequence[Path], after: torch.Tensor) -> Verdict:
-        """A fresh pipeline before and after it loads the files."""
-        fresh = load_family(self.recipe)
-        fresh.to(self.accelerator.device)
-        before = self.probe(fresh)
-        load_adapters(fresh.pipeline, files).to(self.accelerator.device)
-        return compare(before, after, self.probe(fresh))
-
-    def _header(self) -> dict[str, str]:
-        """Small and readable: what a file is, without the run beside it."""
-        recipe = self.recipe
-        return {
-            "finetune_version": __version__,
-            "base": recipe.base.source,
-            "base_fingerprint": self.family.fingerprint,
-            "architecture": from_pipeline(self.family.pipeline) or "unknown",
-            "method": recipe.method.name,
-            "trigger": recipe.placeholder,
-            "steps": str(self.trainer.step),
-            "recipe_digest": recipe.digest(),
-            "zero_terminal_snr": str(recipe.train.zero_terminal_snr).lower(),
-        }
-
-    def save_grid(self) -> Path | None:
-        """The concept's pictures, what the base made of the prompts, and what it makes of them now."""
-        if not self.prompts:
-            return None
-        steps = {"before": 0, "after": self.trainer.step}
-        rows = {
-            f"{title} training": [Image.open(path) for path in self.sample_paths(step) if path.exists()]
-            for title, step in steps.items()
-        }
-        shown = [Image.open(picture.path) for picture in self.pictures[: len(self.prompts)]]
-        path = self.folder / GRID_FILE
-        make_grid({"the pictures": shown, **rows}, self.prompts, self.recipe.dataset.resolution).save(path)
-        return path
+    def _export(self) -> tuple[list[Path], Verdict]:
+        self.trainer.whole = not self.recipe.method.export_is_lossy  # the student is left with what the files hold
+        with self.trainer.averaged():
+            files = self.delivery.export()
+            with not_compared(files), self.stop.breakable():
+                if self.recipe.method.export_is_lossy:
+                    self.draw(range(len(self.prompts)))
+                with explained(self.recipe, "looking at what was learnt", drawing=True):
+                    after = self.probe(self.family)
+        with not_compared(files), self.stop.breakable():
+            self.family.to(torch.device("cpu"))  # there may be no room for two
+            return files, self.delivery.compare(files, after)
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -370,11 +342,6 @@ def _numbers(report: Report) -> dict[str, float]:
     return {"loss": report.loss, "grad_norm": report.grad_norm, **rates}
 
 
-def _complaint(verdict: Verdict, files: Sequence[Path]) -> str:
-    names = ", ".join(str(file) for file in files)
-    if not verdict.changed:
-        return f"training changed nothing, so {names} hold nothing. Raise train.learning_rate or train.steps."
-    return (
-        f"{names}, loaded into a fresh pipeline, are {verdict.error:.1%} off what was trained "
-        f"(at most {Verdict.TOLERANCE:.0%} is accepted). Try output.dtype=float32; the last checkpoint is kept."
-    )
+def _lost_peer(error: Exception) -> bool:
+    """Whether it is what torch says where another process is gone."""
+    return isinstance(error, RuntimeError) and bool(re.search(r"gloo|NCCL|closed by peer|reset by peer", str(error)))

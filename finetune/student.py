@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from finetune.methods.base import Method
 
 
+LEAST = 1e-6  # of a mask's sum, that nothing is divided by 0
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters that share a learning rate."""
@@ -82,12 +85,18 @@ def predict(family: Family, batch: Batch) -> Tensor:
 
 
 def denoising_errors(family: Family, batch: Batch, target: Tensor | None = None) -> Tensor:
-    """The objective's weighted squared error, one value for each sample: (B,)."""
+    """The objective's weighted squared error, one value for each sample: (B,).
+
+    Where there is a mask it is the error's mean weighted by it; a crop that shows nothing of its mask teaches nothing.
+    """
     objective = family.objective
     if target is None:
         target = objective.target(batch.latents, batch.noise, batch.time)
-    error = (predict(family, batch) - target).square().flatten(1).mean(1)
-    return objective.weight(batch.time) * error
+    error = (predict(family, batch) - target).square()
+    if batch.mask is None:
+        return objective.weight(batch.time) * error.flatten(1).mean(1)
+    error, mask = error.mean(1).flatten(1), batch.mask.flatten(1)
+    return objective.weight(batch.time) * (mask * error).sum(1) / mask.sum(1).clamp(min=LEAST)
 
 
 def frozen_prediction(student: Student, batch: Batch) -> Tensor:

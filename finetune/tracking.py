@@ -1,16 +1,22 @@
-"""Where a run's numbers and pictures go. A tracker that fails is dropped with one line; the run goes on."""
+"""Where a run's numbers and pictures go. A tracker that fails or hangs is dropped with one line; the run goes on."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import io
 import json
 import math
 import os
+import queue
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from finetune.errors import reason, warn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,14 +36,17 @@ class Tracker(Protocol):
 
 
 class JSONLines:
-    """One line for each step, always written; on resume, lines after the checkpoint go."""
+    """One line for each step, always written; on resume, lines after the checkpoint go.
+
+    Where there is no room for a line it is left out whole, and the next is tried again.
+    """
 
     def __init__(self, path: Path, first_step: int):
-        kept = _lines_until(path, first_step) if first_step and path.exists() else []
-        unfinished = path.with_name(f".{path.name}")
-        unfinished.write_text("".join(kept))
-        unfinished.replace(path)
-        self.file = path.open("a")
+        self.path = path
+        self.first_step = first_step
+        self.lost = ""
+        self.file: FileIO | None = None
+        self._attempt(self._open)
 
     def numbers(self, step: int, values: Mapping[str, Any]) -> None:
         # JSON has no infinity; a gradient that overflowed is null.
@@ -45,14 +54,40 @@ class JSONLines:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.file.flush()
+        self._attempt(lambda: self._append((json.dumps({"step": step, **finite}) + "\n").encode()))
+
+    def _attempt(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError as error:
+            if not self.lost:
+                warn(f"{self.path} cannot be written ({reason(error)}); the run goes on, and leaves out those lines")
+            self.lost = reason(error)
+
+    def _open(self) -> FileIO:
+        kept = _lines_until(self.path, self.first_step) if self.first_step and self.path.exists() else []
+        unfinished = self.path.with_name(f".{self.path.name}")
+        unfinished.write_text("".join(kept))
+        unfinished.replace(self.path)
+        self.file = self.path.open("ab", buffering=0)  # a buffer would try a line again that was given up
+        return self.file
+
+    def _append(self, line: bytes) -> None:
+        file = self.file or self._open()
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
     def pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
         """They are files of the run already."""
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
@@ -114,7 +149,7 @@ class Trackio:
         import trackio
 
         self.trackio = trackio
-        with contextlib.redirect_stdout(io.StringIO()):  # it greets at length
+        with silent():  # it greets at length
             self.run = trackio.init(project="finetune", name=name, config=dict(config), embed=False, auto_log_cpu=False)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
@@ -124,7 +159,7 @@ class Trackio:
         self.trackio.log({name: self.trackio.Image(picture) for name, picture in pictures.items()}, step=step)
 
     def close(self) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             self.trackio.finish()
 
 
@@ -135,6 +170,70 @@ BACKENDS: dict[TrackerName, Callable[[Path, str, Mapping[str, Any], int], Tracke
 }
 
 
+PATIENCE = 60.0  # seconds for one call of a tracker, and for all of them to come to an end
+_register = atexit.register
+
+
+class Relay(threading.Thread):
+    """A backend in a thread of its own, so that a service that does not answer holds up no step, and no end."""
+
+    def __init__(self, name: TrackerName, start: Callable[[], Tracker]):
+        super().__init__(name=f"tracking.{name}", daemon=True)
+        self.off = False
+        self.hooks: list[Callable[..., Any]] = []  # what its service wants done when the interpreter ends
+        self._start_backend = start
+        self._acts: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
+        self._busy_since: float | None = time.monotonic()
+        atexit.register = _collect
+        self.start()
+
+    def send(self, act: Callable[[Tracker], None]) -> None:
+        """Have something done after all that was sent before."""
+        since = self._busy_since
+        if since is not None and time.monotonic() - since > PATIENCE:
+            self._drop(f"it has not answered for {PATIENCE:.0f} seconds")
+        if not self.off:
+            self._acts.put(act)
+
+    def close(self, deadline: float) -> None:
+        """Wait until all is done, but no longer than to the deadline."""
+        self.send(lambda backend: backend.close())
+        self._acts.put(None)
+        self.join(max(0.0, deadline - time.monotonic()))
+        if self.is_alive():
+            self._drop("it does not come to an end; what it has not sent stays where it keeps it")
+
+    def run(self) -> None:
+        try:
+            backend = self._start_backend()
+            while True:
+                self._busy_since = None
+                act = self._acts.get()
+                self._busy_since = time.monotonic()
+                if act is None or self.off:
+                    return
+                act(backend)
+        except Exception as error:  # whatever a tracker's service does, the training is worth more
+            self._drop(f"{type(error).__name__}: {reason(error)}")
+
+    def _drop(self, why: str) -> None:
+        if not self.off:
+            self.off = True
+            for hook in self.hooks:
+                atexit.unregister(hook)
+            warn(f"{self.name} is off from here ({why})")
+
+
+def _collect(hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`atexit.register`, but what is registered for a tracker goes with it: the interpreter would wait for it."""
+    thread = threading.current_thread()
+    if isinstance(thread, Relay):
+        if thread.off:
+            return hook
+        thread.hooks.append(hook)
+    return _register(hook, *args, **kwargs)
+
+
 class Trackers:
     """The JSON lines and the backends that a recipe names."""
 
@@ -142,34 +241,47 @@ class Trackers:
         self, names: Sequence[TrackerName], folder: Path, run: str, config: Mapping[str, Any], first_step: int
     ):
         self.lines = JSONLines(folder / METRICS_FILE, first_step)
-        self.backends: dict[str, Tracker] = {}
-        for name in names:
-            self._try(
-                name, lambda name=name: self.backends.update({name: BACKENDS[name](folder, run, config, first_step)})
-            )
+        self.relays = [Relay(name, lambda name=name: BACKENDS[name](folder, run, config, first_step)) for name in names]
 
     def numbers(self, step: int, values: Mapping[str, float], pictures: Sequence[str]) -> None:
         """A step's numbers, and the pictures it saw, which only the JSON lines keep."""
         self.lines.numbers(step, {**values, "pictures": list(pictures)})
-        self._each(lambda backend: backend.numbers(step, values))
+        for relay in self.relays:
+            relay.send(lambda backend: backend.numbers(step, values))
 
     def pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
-        self._each(lambda backend: backend.pictures(step, pictures))
+        for relay in self.relays:
+            relay.send(lambda backend: backend.pictures(step, pictures))
 
-    def close(self) -> None:
+    def close(self, patience: float = PATIENCE) -> dict[str, str]:
+        """What could not be written, and why."""
         self.lines.close()
-        self._each(lambda backend: backend.close())
+        deadline = time.monotonic() + patience
+        for relay in self.relays:
+            relay.close(deadline)
+        return {METRICS_FILE: self.lines.lost} if self.lines.lost else {}
 
-    def _each(self, act: Callable[[Tracker], None]) -> None:
-        for name, backend in list(self.backends.items()):
-            self._try(name, lambda backend=backend: act(backend))
 
-    def _try(self, name: str, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except Exception as error:  # whatever a tracker's service does, the training is worth more
-            self.backends.pop(name, None)
-            print(
-                f"warning: tracking.{name} is off from here ({' '.join(f'{type(error).__name__}: {error}'.split())})",
-                file=sys.stderr,
-            )
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing of what this thread prints; `redirect_stdout` would silence all of them."""
+    printing = sys.stdout
+    sys.stdout = _AllBut(threading.get_ident(), printing)
+    try:
+        yield
+    finally:
+        sys.stdout = printing
+
+
+class _AllBut:
+    """A stream for all threads but one."""
+
+    def __init__(self, silenced: int, stream: Any):
+        self.silenced = silenced
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.silenced else self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

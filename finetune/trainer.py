@@ -12,8 +12,10 @@ import torch
 
 from finetune.batch import Batch, Encoder
 from finetune.dataset import Draw, Pictures
+from finetune.dataset.buckets import Shapes
 from finetune.errors import UserError
 from finetune.schedule import TrainConfig, build_optimizer, multiplier
+from finetune.stopping import Stop
 from finetune.student import Student
 
 if TYPE_CHECKING:
@@ -54,12 +56,14 @@ class Trainer:
         accelerator: Accelerator,
     ):
         self.student = student
-        self.concept = concept
-        self.prior = prior
+        multiple = student.family.pipeline.vae_scale_factor * student.family.size_multiple
+        self.concept, self.prior = _shaped(concept, prior, multiple, config.batch_size)
         self.config = config
         self.accelerator = accelerator
         self.step = 0
-        self.stop_asked = False
+        self.encoded = False  # whether that is done, of what is frozen
+        self.whole = True  # whether the weights are those of a whole step
+        self.stop = Stop()
         parts = accelerator.num_processes * config.accumulate
         if config.batch_size % parts:
             raise UserError(
@@ -73,6 +77,7 @@ class Trainer:
             size=concept.config.resolution,
             trains_text=method.trains_text,
             noise_offset=config.noise_offset,
+            unmasked_weight=None if concept.config.mask == "none" else concept.config.unmasked_weight,
         )
         self._prepare_family()
         self.model, self.optimizer = accelerator.prepare(student, build_optimizer(student.groups, config))
@@ -80,14 +85,17 @@ class Trainer:
 
     def steps(self) -> Iterator[Report]:
         """Train to the end, a report for each update."""
-        self._encode_what_is_frozen()
+        self.encode()
         while self.step < self.config.steps:
             report = self._update()
             self.step += 1
+            self.whole = True
             yield report
 
-    def _encode_what_is_frozen(self) -> None:
+    def encode(self) -> None:
         """All steps' draws are known, so what encodes them may leave the device before the first step."""
+        if self.encoded:
+            return
         mine = (
             draw
             for step in range(self.step, self.config.steps)
@@ -95,6 +103,7 @@ class Trainer:
             for draw in self._mine(self._draw(step), part)
         )
         self.student.family.rest(self.encoder.prepare(mine, show=self.accelerator.is_main_process))
+        self.encoded = True
 
     def _update(self) -> Report:
         rates = self._set_learning_rates()
@@ -109,11 +118,12 @@ class Trainer:
                 loss = self.student.method.reduce(losses, batch.num_prior) / self.config.accumulate
                 self.accelerator.backward(loss)
             total += loss.detach()
-        shared = torch.stack([total, torch.full_like(total, float(self.stop_asked))])
+        shared = torch.stack([total, torch.full_like(total, float(self.stop.asked))])
         loss, stopping = cast("Tensor", self.accelerator.reduce(shared, reduction="mean")).tolist()
         norms = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
         norm = float(cast("Tensor", norms))
         self._stop_if_not_finite(loss, norm, drawn := [draw for half in draws for draw in half])
+        self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.student.method.after_step(self.student)
@@ -150,8 +160,8 @@ class Trainer:
         self.optimizer.zero_grad()
         names = ", ".join(sorted({draw.path for draw in draws}))
         raise NonFiniteLoss(
-            f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}. The weights before this step "
-            f"are kept. Its pictures: {names}. Try a lower train.learning_rate, or another train.precision."
+            f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}. Its pictures: {names}. "
+            "Try a lower train.learning_rate, or another train.precision."
         )
 
     def _prepare_family(self) -> None:
@@ -198,6 +208,16 @@ class Trainer:
             self.ema.to(self.accelerator.device)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _shaped(
+    concept: Pictures, prior: Pictures | None, multiple: int, batch_size: int
+) -> tuple[Pictures, Pictures | None]:
+    """Both halves in the concept's shapes, so that they go through the denoiser together."""
+    if not concept.config.buckets:
+        return concept, prior
+    shapes = Shapes(concept.rows, concept.config.resolution, multiple, batch_size)
+    return concept.within(shapes), None if prior is None else prior.within(shapes)
 
 
 def _average(student: Student, decay: float) -> Any:

@@ -19,6 +19,8 @@ from finetune.canvas import Margins
 from finetune.edges import edge_map
 from finetune.tasks import Inputs
 
+SIZE = 32  # of the short side, in pixels
+
 
 def picture(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)

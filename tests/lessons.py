@@ -40,7 +40,10 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "one-vector": {"init": "thing"},
         "three-vectors": {"init": "thing", "num_vectors": 3, "preserve_norm": True},
     },
-    "pivotal_tuning": {"plain": {"rank": 4, "init": "thing", "num_vectors": 2, "text_encoder": True}},
+    "pivotal_tuning": {
+        "denoiser-alone": {"rank": 4, "init": "thing"},
+        "plain": {"rank": 4, "init": "thing", "num_vectors": 2, "text_encoder": True},
+    },
 }
 CASES = [
     (family, variant, method, way)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,60 @@ def test_a_save_that_fails_leaves_the_checkpoints_as_they_were(tmp_path: Path):
     assert newest is not None and checkpoint.load(newest) == {"step": 3}
 
 
-def test_what_a_killed_save_left_is_no_checkpoint_and_in_nobodys_way(tmp_path: Path):
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_swept_away(tmp_path: Path):
     whole = checkpoint.save(tmp_path, 4, {"step": 4}, keep=1)
-    whole.rename(tmp_path / ".step-000004")
-    (tmp_path / ".step-000004" / "state.json").unlink()
+    whole.rename(tmp_path / ".step-000004.new.77")
+    (tmp_path / ".step-000004.new.77" / "state.json").unlink()
+    (tmp_path / ".step-000002.old.77").mkdir()
     assert checkpoint.newest(tmp_path) is None
-    assert checkpoint.load(checkpoint.save(tmp_path, 4, {"step": 4}, keep=1)) == {"step": 4}
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+    checkpoint.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def _flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("file", [checkpoint.TENSORS, checkpoint.REST, checkpoint.CHECKSUMS])
+@pytest.mark.parametrize("harm", [_flip_a_bit, _cut_short, Path.unlink, lambda file: file.write_bytes(b"")])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used(
+    tmp_path: Path, file: str, harm: Any, capsys: pytest.CaptureFixture[str]
+):
+    for step in (3, 4):
+        checkpoint.save(tmp_path, step, {"step": step, "weights": torch.ones(100)}, keep=2)
+    harm(tmp_path / "step-000004" / file)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and checkpoint.load(found)["step"] == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "step-000004 is damaged" in line and "passed over" in line
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_went_back_behind_damage_replaces_it_and_keeps_what_is_whole(tmp_path: Path, keep: int):
+    for step in (3, 4, 9):
+        checkpoint.save(tmp_path, step, {"step": step}, keep=3)
+    for damaged in ("step-000004", "step-000009"):
+        _flip_a_bit(tmp_path / damaged / checkpoint.REST)
+    assert checkpoint.load(checkpoint.save(tmp_path, 4, {"step": 4}, keep)) == {"step": 4}
+    kept = ["step-000003", "step-000004"][-keep:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_the_checksums_are_those_of_the_usual_tool(tmp_path: Path):
+    path = checkpoint.save(tmp_path, 1, {"tensor": torch.ones(3)}, keep=1)
+    done = subprocess.run(["sha256sum", "--check", checkpoint.CHECKSUMS], cwd=path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("OK") == 2
+
+
+def test_what_is_not_in_tensors_can_be_read_without_them(tmp_path: Path):
+    path = checkpoint.save(tmp_path, 1, {"tensor": torch.ones(3), "recipe": "text"}, keep=1)
+    assert checkpoint.load(path, tensors=False) == {"tensor": None, "recipe": "text"}
 
 
 @pytest.mark.parametrize("stray", ["step-notes", "step-000009.bak", "best"])
@@ -160,6 +208,6 @@ def test_there_is_no_newest_checkpoint_where_there_is_none(tmp_path: Path):
 
 def test_nothing_is_pickled(tmp_path: Path):
     path = checkpoint.save(tmp_path, 1, {"tensor": torch.ones(3), "rest": (1, None)}, keep=1)
-    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    assert {file.name for file in path.iterdir()} == {"state.safetensors", "state.json", "SHA256SUMS"}
     contents = [file.read_bytes() for file in path.iterdir()]
     assert not any(content.startswith((b"\x80", b"PK\x03\x04")) for content in contents)

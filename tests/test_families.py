@@ -97,11 +97,12 @@ def test_a_word_that_exists_already_is_refused(family: Any):
         extend(family, "<it>", 1, "a")
 
 
+@pytest.mark.parametrize(("width", "height"), [(tiny.SIZE, tiny.SIZE), (40, 24), (24, 40)])
 @every_family
-def test_a_step_of_the_sampler_is_the_family_s_own_prediction(family: Any):
+def test_a_step_of_the_sampler_is_the_family_s_own_prediction(family: Any, width: int, height: int):
     """The pipeline, asked for one step from known noise, ends where the family's prediction leads."""
     pipeline, prompt = family.pipeline, ["a thing"]
-    noise = torch.randn(1, *family.encode_image(torch.zeros(1, 3, tiny.SIZE, tiny.SIZE)).mean.shape[1:])
+    noise = torch.randn(1, *family.encode_image(torch.zeros(1, 3, height, width)).mean.shape[1:])
     seen: dict[str, Any] = {}
 
     def watch(module: Any, inputs: Any, keywords: Any, output: Any) -> None:
@@ -112,11 +113,11 @@ def test_a_step_of_the_sampler_is_the_family_s_own_prediction(family: Any):
     hook = family.denoiser.register_forward_hook(watch, with_kwargs=True)
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        pipeline(prompt, height=tiny.SIZE, width=tiny.SIZE, latents=given, output_type="latent", **settings)
+        pipeline(list(prompt), height=height, width=width, latents=given, output_type="latent", **settings)
         hook.remove()
         level = pipeline.scheduler.timesteps[:1].float()
         time = level.long() if isinstance(family.objective, Diffusion) else level / 1000
-        geometry = torch.tensor([[tiny.SIZE, tiny.SIZE, 0, 0, tiny.SIZE, tiny.SIZE]], dtype=torch.float32)
+        geometry = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
         mine = family.denoise(noise, time, family.encode_prompt(family.tokenize(prompt)), geometry)
     theirs = seen["said"]
     if isinstance(theirs, list):

@@ -37,6 +37,7 @@ VECTORS = {
     "sdxl": {"clip_l": torch.randn(3, 768), "clip_g": torch.randn(3, 1280)},
     "sd3": {"clip_l": torch.randn(1, 768), "clip_g": torch.randn(1, 1280), "t5": torch.randn(1, 4096)},
     "flux": {"clip_l": torch.randn(2, 768), "t5": torch.randn(2, 4096)},
+    "z_image": {"qwen3": torch.randn(2, 2560)},
 }
 
 

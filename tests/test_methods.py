@@ -21,6 +21,7 @@ from finetune import run
 from finetune.architectures import ARCHITECTURES
 from finetune.export import compare
 from finetune.methods.base import methods
+from finetune.recipe import known_families
 from finetune.render import render
 
 CAPTIONS = ["a <it> thing", "a thing"]
@@ -36,7 +37,7 @@ def state(family: Any) -> dict[str, Tensor]:
 
 def test_every_registered_method_and_family_is_under_test():
     assert set(lessons.WAYS) == set(methods.names())
-    assert set(tiny.BASES) == set(run.known_families())
+    assert set(tiny.BASES) == set(known_families())
 
 
 @pytest.mark.parametrize("case", lessons.CASES, ids=lessons.name)

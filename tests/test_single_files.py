@@ -23,6 +23,7 @@ from finetune.extract import extract
 from finetune.families.base import Source, detect, families
 from finetune.files import read_shapes
 from finetune.formats import write
+from finetune.generate import generate
 from finetune.load import Adapter
 from finetune.merge import merge_into_base
 from finetune.originals import clip_name
@@ -50,12 +51,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return publish
 
 
-def load(architecture: str, file: Path, config: Path) -> Any:
-    source = Source(str(file), config=str(config))
+def load(architecture: str, file: Path, config: Path | None) -> Any:
+    source = Source(str(file), config=config and str(config))
     return families[BASES[architecture][0]].load(source, min_snr_gamma=None, zero_terminal_snr=False).pipeline
 
 
-@pytest.mark.parametrize("architecture", ["sd1", "sd2", "sdxl", "sd3"])
+@pytest.mark.parametrize("architecture", ["sd1", "sd2", "sdxl", "sd3", "z_image"])
 def test_a_base_in_one_file_is_the_folder_that_it_was_made_from(architecture: str, published: Any):
     pipeline, folder, file = published(architecture)
     loaded = load(architecture, file, folder)
@@ -66,19 +67,125 @@ def test_a_base_in_one_file_is_the_folder_that_it_was_made_from(architecture: st
         assert torch.equal(*means) and torch.equal(*(base.vae.decode(means[0]).sample for base in (loaded, pipeline)))
 
 
+# A base's names; diffusers knows FLUX of the real width alone by them, and a UNet without a prefix not at all.
+PUBLISHED = [("sd1", single_files.UNET), ("sdxl", single_files.UNET), *(("sd3", p) for p in ("", single_files.UNET))]
+PUBLISHED += [("z_image", ""), ("z_image", single_files.UNET)]
+
+
+def write_denoiser(published: Any, architecture: str, file: Path, prefix: str | None, **others: torch.Tensor) -> Path:
+    """The denoiser alone under its original names, or diffusers' own where `prefix` is None."""
+    pipeline, _, whole = published(architecture)
+    part = next(iter(single_files.LAYOUTS[architecture]))
+    state = getattr(pipeline, part).state_dict()
+    if prefix is not None:
+        held = {name: value for name, value in load_file(whole).items() if name.startswith(single_files.UNET)}
+        state = {prefix + name.removeprefix(single_files.UNET): value for name, value in held.items()}
+    save_file({**state, **others}, file)
+    return file
+
+
+def assert_same(loaded: Any, pipeline: Any) -> None:
+    assert torch.equal(tiny.predict(loaded), tiny.predict(pipeline))
+    state = loaded.vae.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in pipeline.vae.state_dict().items())
+
+
+@pytest.mark.parametrize(("architecture", "prefix"), [*PUBLISHED, *((name, None) for name in tiny.DEEP)])
+def test_a_denoiser_alone_gets_all_other_parts_from_the_config(
+    architecture: str, prefix: str | None, published: Any, tmp_path: Path
+):
+    pipeline, folder, _ = published(architecture)
+    file = write_denoiser(published, architecture, tmp_path / "denoiser.safetensors", prefix)
+    assert detect(Source(str(file), config=str(folder))) == BASES[architecture][0]
+    assert_same(load(architecture, file, folder), pipeline)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lacks", "part"),
+    [
+        ("sd1", "first_stage_model.", "vae"),
+        ("sdxl", "first_stage_model.", "vae"),
+        ("sdxl", "conditioner.", "text_encoder"),
+        ("sd3", "text_encoders.t5", "text_encoder_3"),
+    ],
+)
+def test_the_file_is_read_for_all_that_it_has_and_the_config_for_the_rest(
+    architecture: str, lacks: str, part: str, published: Any, tmp_path: Path
+):
+    pipeline, _, whole = published(architecture)
+    held = {name: value for name, value in load_file(whole).items() if not name.startswith(lacks)}
+    save_file(held, tmp_path / "most.safetensors")
+    other = BASES[architecture][1]()
+    with torch.no_grad():
+        for name in single_files.LAYOUTS[architecture]:
+            if not name.startswith(part):
+                next(getattr(other, name).parameters()).fill_(9.0)  # what must not be read
+    other.save_pretrained(tmp_path / "config")
+    assert_same(load(architecture, tmp_path / "most.safetensors", tmp_path / "config"), pipeline)
+
+
+def test_a_denoiser_alone_is_refused_without_the_weights_of_the_other_parts(published: Any, tmp_path: Path):
+    _, folder, whole = published("z_image")
+    file = write_denoiser(published, "z_image", tmp_path / "denoiser.safetensors", "")
+    configs = shutil.copytree(folder, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    for config, problem in {
+        None: "lacks the text_encoder, vae. Name a folder in diffusers' layout",
+        configs: "lacks the text_encoder, vae, and .*configs does not have their weights: .* no file named",
+        tmp_path / "nowhere": "nowhere does not have their weights",
+    }.items():
+        with pytest.raises(UserError, match=problem):
+            load("z_image", file, config)
+    with pytest.raises(UserError, match=r"cannot be loaded: .*denoiser\.safetensors lacks the text_encoder, vae\."):
+        generate(str(file), "a", size=tiny.SIZE, steps=1)
+    with pytest.raises(UserError, match="lacks the text_encoder, and"):  # which diffusers reads from no file
+        load("z_image", whole, configs)
+
+
+def test_pictures_are_drawn_with_a_denoiser_alone(published: Any, tmp_path: Path):
+    _, folder, _ = published("z_image")
+    file = write_denoiser(published, "z_image", tmp_path / "denoiser.safetensors", "")
+    small: dict[str, Any] = {"size": tiny.SIZE, "steps": 2}
+    (one,), (other,) = generate(str(folder), "a", **small), generate(str(file), "a", config=str(folder), **small)
+    assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("architecture", ["sd3", "z_image"])
+def test_weights_that_were_rounded_to_8_bits_are_read(architecture: str, published: Any, tmp_path: Path):
+    pipeline, folder, _ = published(architecture)
+    tensors = load_file(write_denoiser(published, architecture, tmp_path / "denoiser.safetensors", ""))
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in tensors.items()}, tmp_path / "fp8.safetensors")
+    loaded = load(architecture, tmp_path / "fp8.safetensors", folder).transformer.state_dict()
+    for name, value in pipeline.transformer.state_dict().items():
+        assert torch.equal(loaded[name], value.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("beside", ["scale_weight", "weight_scale", "comfy_quant", "weight.absmax"])
+def test_weights_that_are_scaled_or_packed_are_refused(beside: str, published: Any, tmp_path: Path):
+    _, folder, _ = published("z_image")
+    scale = {f"layers.0.attention.qkv.{beside}": torch.ones(1)}
+    file = write_denoiser(published, "z_image", tmp_path / "denoiser.safetensors", "", **scale)
+    with pytest.raises(UserError, match=rf"packed into fewer bits \(beside them is .*{beside}\)"):
+        load("z_image", file, folder)
+    with pytest.raises(UserError, match="packed into fewer bits"):
+        detect(Source(str(file)))
+
+
 @pytest.mark.parametrize("architecture", ["sd1", "sdxl", "flux", "z_image"])  # of SD3, diffusers reads the real width
 def test_the_family_of_a_single_file_is_found_by_its_names(architecture: str, published: Any):
     assert detect(Source(str(published(architecture)[2]))) == BASES[architecture][0]
 
 
-@pytest.mark.parametrize(("architecture", "family"), [("sd1", "auto"), ("sdxl", "auto"), ("sd3", "stable_diffusion_3")])
+@pytest.mark.parametrize(
+    ("architecture", "family"),
+    [("sd1", "auto"), ("sdxl", "auto"), ("sd3", "stable_diffusion_3"), ("z_image", "auto")],
+)
 def test_a_lora_learns_the_same_on_a_base_in_one_file(architecture: str, family: str, published: Any, tmp_path: Path):
     _, folder, file = published(architecture)
     alone = {"source": str(file), "config": str(folder), "family": family}
     bases: dict[str, dict[str, str]] = {"folder": {}, "file": alone}
     learnt = []
     for name, base in bases.items():
-        way = {"rank": 4, "text_encoder": True}
+        way = {"rank": 4, "text_encoder": architecture != "z_image"}
         recipe = lessons.recipe(folder, tmp_path / name, "lora", way, train={"steps": 2})
         tree = recipe.dump()
         result = run.train(build(type(recipe), {**tree, "base": {**tree["base"], **base}}))

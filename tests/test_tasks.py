@@ -21,8 +21,9 @@ from finetune.canvas import Margins, cover, grow, parse_size, paste, read
 from finetune.cli import app
 from finetune.edges import edge_map
 from finetune.errors import UserError
-from finetune.generate import generate
-from finetune.load import Adapter
+from finetune.families.base import Source
+from finetune.generate import generate, load_base
+from finetune.load import Adapter, load_adapters
 from finetune.tasks import Inputs, choose, tasks
 
 SMALL = {"steps": 2, "guidance": 2.0}
@@ -129,6 +130,13 @@ def test_an_adapter_of_the_first_convolution_is_refused_by_an_editor(trained: An
     with pytest.raises(UserError, match="changes the first convolution"):
         inputs = inputs_for("instruct_pix2pix", made(SD))
         generate(base, "a", inputs, adapters=[Adapter(folder)], size=32, **SMALL)
+
+
+def test_an_editor_does_not_silently_take_the_place_of_a_denoiser_with_adapters(trained: Any, made: Any):
+    base, folder = trained(("attention",))
+    pipeline = load_adapters(load_base(Source(base)), [folder])
+    with pytest.raises(UserError, match="a denoiser of its own"):
+        generate(pipeline, "a", inputs_for("instruct_pix2pix", made(SD)), size=32, **SMALL)
 
 
 def test_a_companion_is_rebuilt_from_its_base_and_its_difference(made: Any, tmp_path: Path):

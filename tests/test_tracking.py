@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ trackers.pictures(0, {{"{NAME}": Image.new("RGB", (8, 8), "red")}})
 for step, loss in enumerate({LOSSES}, 1):
     trackers.numbers(step, {{"loss": loss, "learning_rate/unet": 1e-4}}, ["0.png", "1.png"])
 trackers.pictures(3, {{"{NAME}": Image.new("RGB", (8, 8), "blue")}})
-assert set(trackers.backends) == {{"wandb", "tensorboard", "trackio"}}
-trackers.close()
+assert trackers.close() == {{}}
+assert not any(relay.off for relay in trackers.relays)
 """
 READ_TRACKIO = """
 import json, trackio
@@ -233,6 +234,95 @@ def test_a_tracker_that_fails_is_dropped_with_one_line_and_the_others_go_on(
     printed = capsys.readouterr()
     (line,) = (printed.out + printed.err).splitlines()
     assert "wandb" in line and "no route to host" in line
+
+
+# A real server on this machine, and W&B as a user with an account has it. Forty steps of 0.1 s, patience for 3 s.
+FOLLOW = """
+import http.server, json, os, signal, socket, struct, sys, threading, time
+from pathlib import Path
+from finetune.quiet import quiet
+from finetune import tracking
+
+ways, started = sys.argv[1], time.monotonic()
+
+class WandB(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if ways == "hang" or "graphql" not in self.path or b"CreateRunFiles" in content:
+            time.sleep(1000)
+        if ways == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return self.connection.close()
+        me, asked = {"id": "me", "name": "me", "entity": "me", "username": "me"}, json.loads(content)
+        project = {"id": "p", "name": "finetune", "entity": me}
+        bucket = {"id": "b", "name": asked.get("variables", {}).get("name"), "project": project}
+        answer = json.dumps({"data": {"viewer": me, "upsertBucket": {"bucket": bucket, "inserted": True}}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), WandB)
+server.daemon_threads, server.handle_error = True, lambda *_: None
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": 40 * "a"}
+quiet()
+tracking.PATIENCE = 3.0
+folder = Path(ways)
+folder.mkdir()
+trackers, slowest = tracking.Trackers(("wandb",), folder, "dog", {}, 0), 0.0
+for step in range(1, 41):
+    before = time.monotonic()
+    trackers.numbers(step, {"loss": 1.0}, [])
+    slowest = max(slowest, time.monotonic() - before)
+    if step == 20 and ways == "killed":
+        import psutil
+        for service in psutil.Process().children(recursive=True):
+            service.kill()
+    time.sleep(0.1)
+trackers.close(3.0)
+print(json.dumps({"slowest": slowest, "lines": len((folder / "metrics.jsonl").read_text().splitlines())}))
+print(time.monotonic() - started)
+"""
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, str, float]]:
+    """What was printed, what was complained of and how long the process outlived its work; all at the same time."""
+    folder = tmp_path_factory.mktemp("hanging")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    env |= {"HOME": str(folder), "WANDB_SILENT": "true"}
+
+    def start(way: str) -> subprocess.Popen[str]:
+        files = {stream: (folder / f"{way}.{stream}").open("w") for stream in ("stdout", "stderr")}
+        return subprocess.Popen([sys.executable, "-c", FOLLOW, way], cwd=folder, env=env, text=True, **files)
+
+    begun, running = time.monotonic(), {way: start(way) for way in ("hang", "reset", "silent later", "killed")}
+    lasted = {way: (process.wait(90), time.monotonic() - begun)[1] for way, process in running.items()}
+
+    def seen(way: str) -> tuple[str, str, float]:
+        assert running[way].returncode == 0
+        return (folder / f"{way}.stdout").read_text(), (folder / f"{way}.stderr").read_text(), lasted[way]
+
+    return seen
+
+
+@pytest.mark.parametrize("way", ["hang", "reset", "silent later", "killed"])
+def test_a_service_that_hangs_or_dies_costs_one_line_and_no_time(way: str, followed: Any):
+    printed, complaint, lasted = followed(way)
+    numbers, spent = printed.splitlines()
+    assert json.loads(numbers)["lines"] == 40
+    assert json.loads(numbers)["slowest"] < 0.5
+    (line,) = [line for line in complaint.splitlines() if not line.startswith("wandb: ")]
+    assert line.startswith("warning: tracking.wandb is off from here")
+    assert float(spent) < 20 and lasted < 40
 
 
 def test_a_tracker_that_is_not_installed_is_dropped_with_one_line(

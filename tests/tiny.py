@@ -209,7 +209,7 @@ def z_image() -> ZImagePipeline:
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", *string.printable])}
     model = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", unk_token="<unk>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = "{% for message in messages %}user: {{ message['content'] }}{% endfor %}"
     config = Qwen3Config(
         vocab_size=len(vocabulary) + 5,
         hidden_size=16,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import UnidentifiedImageError
 
-from finetune.dataset import metadata, table
+from finetune.dataset import masks, metadata, table
 from finetune.dataset.metadata import Metadata
-from finetune.dataset.pixels import SUFFIXES, decode
+from finetune.dataset.pixels import SUFFIXES, measure
 from finetune.dataset.settings import DatasetConfig, Folder
 from finetune.errors import UserError
 
@@ -28,6 +28,8 @@ class Picture:
     height: int
     captions: tuple[str, ...]  # `{}` is the placeholder
     weight: int = 1  # how many times it is drawn while one of weight 1 is drawn once
+    mask: str = ""  # a file; the picture itself where its transparency is meant; none where all of it is learnt
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class _Entry:
     path: Path
     captions: tuple[str, ...]
     weight: int = 1
+    mask: Path | None = None
 
 
 def scan(config: DatasetConfig) -> list[Picture]:
@@ -52,27 +55,42 @@ def scan(config: DatasetConfig) -> list[Picture]:
         found = table.read(config, problems)
         entries = [_Entry(path, (caption,) if caption else config.captions) for path, caption in found]
     with ThreadPoolExecutor() as pool:
-        measured = list(pool.map(lambda entry: _measure(entry.path, config.background), entries))
-    problems += [result for result in measured if isinstance(result, str)]
+        checked = list(pool.map(lambda entry: _check(entry, config), entries))
+    problems += [problem for found in checked if isinstance(found, list) for problem in found]
+    pictures = [found for found in checked if isinstance(found, Picture)]
+    if config.mask != "none" and not problems and not any(picture.mask for picture in pictures):
+        wanted = "a file such as name.mask.png beside it" if config.mask == "file" else "transparency"
+        problems.append(f"dataset.mask: no picture has {wanted}. Set it to none.")
     if problems:
         raise UserError(problems)
-    return [
-        Picture(str(entry.path), *result, captions=entry.captions, weight=entry.weight)
-        for entry, result in zip(entries, measured, strict=True)
-        if not isinstance(result, str)
-    ]
+    return pictures
 
 
-def _measure(path: Path, background: str) -> tuple[str, int, int] | str:
-    """(sha256, width, height) of a picture that decodes to its last row, or what is wrong with it."""
+def _check(entry: _Entry, config: DatasetConfig) -> Picture | list[str]:
+    """A picture that decodes to its last row and has a mask that fits, or what is wrong with it."""
+    path, mask = entry.path, entry.path if config.mask == "alpha" else entry.mask
     try:
         content = path.read_bytes()
-        width, height = decode(content, background).size
+        size = measure(content, config.background)
     except UnidentifiedImageError:  # its own words name a buffer in memory
-        return f"{path}: cannot be read as a picture (of no known format). Remove or replace it."
+        return [f"{path}: cannot be read as a picture (of no known format). Remove or replace it."]
     except Exception as error:  # Pillow raises almost anything on hostile files
-        return f"{path}: cannot be read as a picture ({error}). Remove or replace it."
-    return hashlib.sha256(content).hexdigest(), width, height
+        return [f"{path}: cannot be read as a picture ({error}). Remove or replace it."]
+    picture = Picture(str(path), _checksum(content), *size, captions=entry.captions, weight=entry.weight)
+    if mask is None:
+        return picture
+    try:
+        content = mask.read_bytes()
+        masked = masks.check(content, size, alpha=config.mask == "alpha")
+    except UnidentifiedImageError:
+        return [f"{mask}: is no picture, though its name says that it is a mask. Remove or replace it."]
+    except Exception as error:
+        return [f"{mask}: {error}"]
+    return replace(picture, mask=str(mask), mask_sha256=_checksum(content)) if masked else picture
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _entries(given: Folder, config: DatasetConfig, problems: list[str]) -> list[_Entry]:
@@ -83,10 +101,15 @@ def _entries(given: Folder, config: DatasetConfig, problems: list[str]) -> list[
         return []
     named = metadata.read(folder, config.caption_column, problems)
     folders = {folder, *(path.parent for path in (named.captions if named else ()))}
-    paths = sorted(path for each in folders for path in each.iterdir() if _is_picture(path))
+    files = sorted(path for each in folders for path in each.iterdir() if _is_picture(path))
+    paths = [path for path in files if not masks.is_mask(path)]
     if not paths:
         problems.append(f"dataset.{key}: no pictures in {folder}; looked for {', '.join(sorted(SUFFIXES))}")
-    return [_Entry(path, _captions_of(path, named, config.captions, problems), given.weight) for path in paths]
+    masked = masks.pair(paths, [path for path in files if masks.is_mask(path)], config.mask == "file", problems)
+    return [
+        _Entry(path, _captions_of(path, named, config.captions, problems), given.weight, masked.get(path))
+        for path in paths
+    ]
 
 
 def _is_picture(path: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from finetune.config import LocalPath, PositiveInt, Section, Strings, Text
+from finetune.config import Fraction, LocalPath, PositiveInt, Section, Strings, Text
 from finetune.errors import UserError
 
 PLACES = ("folder", "folders", "source")
@@ -58,13 +58,28 @@ class DatasetConfig(Section):
     streaming: Annotated[bool, BeforeValidator(_refuse_streaming), Field(exclude=True)] = False
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] = 512
     """Side of the square that is trained on, in pixels."""
+    buckets: bool = False
+    """Train each picture in the shape, among some of as many pixels as the square, that is nearest to its own. A step
+    has pictures of one shape."""
     captions: Strings = ()
     """For pictures without one of their own; `{}` is the placeholder. One is drawn at each step."""
+    shuffle_tags: bool = False
+    """Put the parts of a caption that commas part into a new order at each draw."""
+    keep_tags: Annotated[int, Field(ge=0)] = 0
+    """How many of the first tags stay in front."""
+    caption_dropout: Fraction = 0.0
+    """Share of the draws that have the empty caption, so that guidance stays apart from what is taught."""
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     """Mirror half of the draws. Leave off for faces, text and other things with a left and a right."""
     background: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")] = "#ffffff"
     """What shows through transparent pixels."""
+
+    mask: Literal["none", "file", "alpha"] = "none"
+    """What is learnt of a picture: all of it, the white of `name.mask.png` beside it, or what is not transparent. A
+    picture without a mask is learnt whole."""
+    unmasked_weight: Fraction = 0.0
+    """How much an error outside the mask counts; one inside counts 1."""
 
     @property
     def all_folders(self) -> tuple[Folder, ...]:
@@ -81,7 +96,14 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DatasetConfig:
-        if problems := self._check_place():
+        problems = self._check_place()
+        if self.keep_tags and not self.shuffle_tags:
+            problems.append("keep_tags: has no effect while shuffle_tags is false. Remove one.")
+        if self.unmasked_weight and self.mask == "none":
+            problems.append("unmasked_weight: has no effect while mask is none. Remove one.")
+        if self.mask == "file" and self.source is not None:
+            problems.append("mask: file is for folders. For a source, set alpha.")
+        if problems:
             raise UserError(problems)
         return self
 

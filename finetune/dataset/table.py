@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune.dataset.metadata import caption_key
 from finetune.dataset.pixels import SUFFIXES
@@ -40,8 +40,7 @@ def read(config: DatasetConfig, problems: list[str]) -> list[tuple[Path, str]]:
     table = table.select_columns(wanted).cast_column(config.image_column, Image(decode=False))
     folder = kept("pictures") / (re.sub(r"[^\w.-]+", "-", str(config.source)).strip("-")[-60:] or "source")
     found, lacking, silent = [], [], []
-    rows: Iterable[Any] = table
-    for number, row in enumerate(rows):
+    for number, row in enumerate(cast("Iterable[dict[str, Any]]", table)):
         path = _as_file(row[config.image_column], folder, number)
         caption = row[column] if column else ""
         if path is None:
@@ -63,7 +62,8 @@ def _load(config: DatasetConfig) -> Dataset:
     path = Path(str(config.source))
     if str(path).startswith((".", "/")) and not path.exists():
         raise UserError(f"dataset.source: {path} does not exist")
-    if path.is_dir() and any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
+    held = {file.suffix.lower() for file in path.rglob("*")} if path.is_dir() else set()
+    if held & SUFFIXES and not held & FILES.keys():
         # As a source, those that a metadata file forgets would be dropped without a word.
         raise UserError(f"dataset.source: {path} is a folder of pictures. Name it as dataset.folder.")
     try:

@@ -124,7 +124,7 @@ class Family(ABC):
 
         kind: Any = getattr(diffusers, cls.pipeline_class)
         if source.is_single_file:
-            parts = {**cls.without, **cls._lacking(kind, source)}
+            parts = {**cls.without, **cls._beside(kind, source)}
             pipeline = kind.from_single_file(source.path, config=source.config, dtype=source.dtype, **parts)
         else:
             pipeline = kind.from_pretrained(
@@ -138,8 +138,10 @@ class Family(ABC):
         return cls(pipeline, objective, source)
 
     @classmethod
-    def _lacking(cls, kind: Any, source: Source) -> dict[str, Any]:
-        """The parts that a single file lacks, such as all but the denoiser, with the config's weights."""
+    def _beside(cls, kind: Any, source: Source) -> dict[str, Any]:
+        """The parts that a single file lacks, such as all but the denoiser, with the weights of its config."""
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
         names = tuple(_shapes(source))
         keys = {**cls.word_keys, "vae": "vae"}
         held = {part for part, key in keys.items() if any(name.startswith(STORED.get(key, ())) for name in names)}
@@ -159,7 +161,11 @@ class Family(ABC):
             )
         except (OSError, ValueError) as error:
             raise UserError(f"{problem}, and {source.config} does not have their weights: {reason(error)}") from None
-        return {part: getattr(other, part) for part in lacking}
+        parts = {part: getattr(other, part) for part in lacking}
+        if "vae" in held:  # what converts Z-Image takes every tensor for the denoiser's, and leaves none
+            where = {"config": source.config, "subfolder": "vae", "dtype": source.dtype}
+            parts["vae"] = AutoencoderKL.from_single_file(source.path, **where)
+        return parts
 
     @abstractmethod
     def encode_prompt(self, tokens: Tokens) -> Prompt:

@@ -126,7 +126,8 @@ def write(content: Content, path: Path, to: str, *, dtype: torch.dtype | None = 
         return path
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path}: {to} is written as .safetensors")
-    header = {**_kept(content.header), **header, **chosen.seal(tensors)}
+    known = {"architecture": content.architecture} if content.architecture else {}
+    header = {**_kept(content.header), **known, **header, **chosen.seal(tensors)}
     return write_tensors(tensors, path, header, overwrite=overwrite)
 
 

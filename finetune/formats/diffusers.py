@@ -65,7 +65,7 @@ class Diffusers(Format):
             if update.magnitude is not None:
                 shape = (1, -1, 1, 1) if update.up.ndim == 4 else (-1,)
                 tensors[f"{layer}.lora_magnitude_vector.weight"] = update.magnitude.reshape(shape)
-        return tensors, {"architecture": content.architecture} if content.architecture else {}
+        return tensors, {}
 
 
 def _is_t5(name: str) -> bool:

@@ -42,15 +42,17 @@ class Embedding(Format):
     @classmethod
     def decode(cls, tensors: Tensors, header: Header, path: Path) -> WordVectors:
         ((word, tensor),) = tensors.items()
-        vectors = {"clip_l": as_vectors(word, tensor)}
-        architecture = from_header(header) or from_vectors({"clip_l": vectors["clip_l"].shape[1]})
-        if architecture == "z_image":
-            vectors = {"qwen3": vectors["clip_l"]}
-        return WordVectors(word, vectors, architecture, header)
+        return of_one_encoder(word, as_vectors(word, tensor), header)
 
     @classmethod
     def encode(cls, content: WordVectors, path: Path) -> tuple[Tensors, Header]:
         return {content.word: only_vectors(content, "embedding")}, {"trigger": content.word}
+
+
+def of_one_encoder(word: str, vectors: Any, header: Header) -> WordVectors:
+    """The word of an encoder that the file does not name: CLIP's, but in Z-Image."""
+    architecture = from_header(header) or from_vectors({"clip_l": vectors.shape[1]})
+    return WordVectors(word, {"qwen3" if architecture == "z_image" else "clip_l": vectors}, architecture, header)
 
 
 def only_vectors(content: WordVectors, to: str) -> Any:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapter import WordVectors
-from finetune.architectures import from_header, from_vectors
 from finetune.files import Header, Tensors
 from finetune.formats.base import Format, formats
-from finetune.formats.embedding import as_vectors, only_vectors
+from finetune.formats.embedding import as_vectors, of_one_encoder, only_vectors
 
 STAR = 265  # what A1111 writes as the id of "*"; nothing reads it
 
@@ -29,8 +28,7 @@ class A1111Embedding(Format):
     @classmethod
     def decode(cls, tensors: Tensors, header: Header, path: Path) -> WordVectors:
         vectors = as_vectors("emb_params", tensors["emb_params"])
-        architecture = from_header(header) or from_vectors({"clip_l": vectors.shape[1]})
-        return WordVectors(header.get("trigger", path.stem), {"clip_l": vectors}, architecture, header)
+        return of_one_encoder(header.get("trigger", path.stem), vectors, header)
 
     @classmethod
     def encode(cls, content: WordVectors, path: Path) -> tuple[Tensors, Header]:

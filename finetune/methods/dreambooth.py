@@ -113,12 +113,12 @@ class DreamBooth(LoRA):
         self, student: Student, folder: Path, dtype: torch.dtype, header: Mapping[str, str]
     ) -> list[Path]:
         """The difference to the base as a LoRA; the student is left holding what the file holds."""
-        from finetune.export import save_lora
+        from finetune.export import save_lora, save_pipeline
         from finetune.lowrank import factor_difference, restore
 
         family = student.family
         if self.export_checkpoint:
-            family.pipeline.save_pretrained(folder / "checkpoint", safe_serialization=True)
+            save_pipeline(family, folder)
         names = [group.name for group in student.groups]
         trained = {name: getattr(family.pipeline, name) for name in names}
         with student.frozen():

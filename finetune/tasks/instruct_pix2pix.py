@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.canvas import Frame
+from finetune.errors import UserError
 from finetune.tasks.base import Inputs, Layout, Task, load_model, tasks
 
 
@@ -26,6 +27,11 @@ class InstructPix2Pix(Task):
 
     def parts(self, pipeline: Any, kind: Any) -> dict[str, Any]:
         assert self.inputs.editor is not None
+        if getattr(pipeline.unet, "peft_config", None):
+            raise UserError(
+                f"--adapter: this pipeline's denoiser has adapters, and {self.name} has a denoiser of its own, which "
+                "would not. Name the base instead of the pipeline, and give the adapters beside it."
+            )
         return {"unet": load_model("editor", self.inputs.editor, pipeline.dtype)}
 
     def lay_out(self, pipeline: Any, frame: Frame) -> Layout:
