@@ -69,7 +69,7 @@ class Delivery:
     def compare(self, files: Sequence[Path], after: Tensor) -> Verdict:
         """The model as it was after training with a fresh pipeline, before and after that loads the files."""
         device = self.trainer.accelerator.device
-        with explained(self.recipe, "comparing the export", drawing=True):
+        with explained(self.recipe, "comparing the export", "else"):
             fresh = load_family(self.recipe)
             fresh.to(device)
             before = self.probe(fresh)
@@ -110,7 +110,7 @@ def complaint(verdict: Verdict, files: Sequence[Path]) -> str:
         return f"training changed nothing, so {named(files)} hold nothing. Raise train.learning_rate or train.steps."
     return (
         f"{named(files)}, loaded into a fresh pipeline, are {verdict.error:.1%} off what was trained "
-        f"(at most {Verdict.TOLERANCE:.0%} is accepted). Try output.dtype=float32; the last checkpoint is kept."
+        f"(at most {Verdict.TOLERANCE:.0%} is accepted). Try output.dtype=float32."
     )
 
 

@@ -21,6 +21,7 @@ from finetune.vocabulary import words
 # The names that diffusers and the Hub look for in a folder.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 WORDS_FILE = "learned_embeds.safetensors"
+PIPELINE_FOLDER = "checkpoint"  # a whole denoiser's pipeline, where it was asked for
 
 
 def save(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype, header: Mapping[str, str]) -> Path:
@@ -48,9 +49,9 @@ def save_words(family: Family, folder: Path, dtype: torch.dtype, header: Mapping
 
 def save_pipeline(family: Family, folder: Path) -> Path:
     """The whole pipeline, as diffusers reads it."""
-    with whole(folder / "checkpoint", overwrite=True) as unfinished:
+    with whole(folder / PIPELINE_FOLDER, overwrite=True) as unfinished:
         family.pipeline.save_pretrained(unfinished, safe_serialization=True)
-    return folder / "checkpoint"
+    return folder / PIPELINE_FOLDER
 
 
 @dataclass(frozen=True)

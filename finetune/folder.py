@@ -19,7 +19,7 @@ from typing import IO, Any
 from finetune import checkpoint
 from finetune.dataset import Picture
 from finetune.errors import UserError, reason, warn
-from finetune.export import LORA_FILE, WORDS_FILE
+from finetune.export import LORA_FILE, PIPELINE_FOLDER, WORDS_FILE
 from finetune.files import whole
 from finetune.recipe import Recipe
 
@@ -138,16 +138,17 @@ class OutputFolder:
 
     def _clear(self) -> None:
         """What an earlier run has left, so that nothing of it can be taken for this one's."""
-        for name in (CHECKPOINTS, SAMPLES, "tensorboard"):
+        for name in (CHECKPOINTS, SAMPLES, PIPELINE_FOLDER, "tensorboard"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in WRITTEN:
             (self.path / name).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Delete what killed processes left of the files that a run writes."""
-        for path in self.path.glob(".*"):
-            if (found := re.fullmatch(r"\.(.+)\.\d+", path.name)) and found[1] in WRITTEN:
-                path.unlink(missing_ok=True)
+        """Delete what killed processes left of what a run writes."""
+        for path in (*self.path.glob(".*"), *self.path.glob(f"{SAMPLES}/*/.*")):
+            found = re.fullmatch(r"\.(.+)\.\d+", path.name)
+            if found and (found[1] in (*WRITTEN, PIPELINE_FOLDER) or path.parent != self.path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _check_unchanged(self, found: Path) -> None:
         """A run may only go on as what it was."""

@@ -57,7 +57,7 @@ def prepare(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = Fals
             on_main(accelerator, lambda: folder.check(resume=resume, overwrite=overwrite))
             found = folder.newest() if resume else None
             torch.manual_seed(recipe.train.seed)
-            with explained(recipe, "loading the base", drawing=True):
+            with explained(recipe, "loading the base", "else"):
                 family = load_family(recipe)
                 family.to(accelerator.device)
             if found is not None:
@@ -77,9 +77,9 @@ def prepare(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = Fals
 
 def make_trainer(recipe: Recipe[Any], pictures: Sequence[Picture], family: Family, accelerator: Accelerator) -> Trainer:
     concept = Pictures.from_pictures(pictures, recipe.dataset, recipe.placeholder)
-    with explained(recipe, "class images", drawing=True):
+    with explained(recipe, "class images", "drawing"):
         prior = make_prior(recipe, family, concept, accelerator)
-    with explained(recipe, "setting up"):
+    with explained(recipe, "setting up", "else"):
         student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
         return Trainer(student, concept, prior, recipe.train, accelerator)
 
@@ -158,6 +158,9 @@ class Run:
             with self.stop.listening():
                 self._train(trackers)
             patience = PATIENCE
+        except BaseException:
+            self.output.close()
+            raise
         finally:
             if trackers is not None:
                 self.unwritten |= trackers.close(patience)
@@ -176,10 +179,12 @@ class Run:
             told = [*error.problems, self._together(self._rescue)]
             raise NonFiniteLoss(told if self.is_main else []) from None
         except Exception as error:
-            raise self._explain(error) from error
+            if (explanation := self._explain(error)) is error:
+                raise
+            raise explanation from error
 
     def _steps(self, bar: tqdm[Any], trackers: Trackers | None) -> None:
-        with explained(self.recipe, "encoding the pictures", drawing=True), self.stop.breakable():
+        with explained(self.recipe, "encoding the pictures", "else"), self.stop.breakable():
             self.trainer.encode()
         reports = self.trainer.steps()
         while (report := self._next(reports)) is not None:
@@ -196,7 +201,7 @@ class Run:
         """The next step. Until the first is done there is nothing to save, and no need to wait for it."""
         begun = self.trainer.step > self.first
         with (
-            explained(self.recipe, f"step {self.trainer.step + 1}"),
+            explained(self.recipe, f"step {self.trainer.step + 1}", "training"),
             contextlib.nullcontext() if begun else self.stop.breakable(),
         ):
             return next(reports, None)
@@ -255,13 +260,16 @@ class Run:
         """Training diverged: export the newest weights that still predict something, for the run cannot go on."""
         if all(bool(weights.isfinite().all()) for weights in self.trainer.student.parameters()):
             self._save_last(self.recipe.train.keep_checkpoints + 1)  # it may be no good, so none goes for it
-        for path in (None, *checkpoint.whole(self.output.checkpoints)):
-            if path is not None:
-                self.trainer.resume(checkpoint.load(path)["trainer"])
-            with self.trainer.averaged():
-                if self.delivery.is_sane():
-                    files = self.delivery.export({"ended": f"training diverged; this is step {self.trainer.step}"})
-                    return f"What was learnt until step {self.trainer.step} is in {named(files)}."
+        try:
+            for path in (None, *checkpoint.whole(self.output.checkpoints)):
+                if path is not None:
+                    self.trainer.resume(checkpoint.load(path)["trainer"])
+                with self.trainer.averaged():
+                    if self.delivery.is_sane():
+                        files = self.delivery.export({"ended": f"training diverged; this is step {self.trainer.step}"})
+                        return f"What was learnt until step {self.trainer.step} is in {named(files)}."
+        except Exception as error:  # the divergence is what has to be told
+            return f"What was learnt could not be exported: {reason(error)}"
         return "None of its weights predict anything any more, so there is nothing to export."
 
     def _explain(self, error: Exception) -> Exception:
@@ -292,7 +300,7 @@ class Run:
         """Write some of this step's validation pictures."""
         step = self.trainer.step
         with (
-            explained(self.recipe, f"the validation pictures of step {step}", drawing=True),
+            explained(self.recipe, f"the validation pictures of step {step}", "drawing"),
             self.family.sampling(),
             self.accelerator.autocast(),
             self.stop.breakable(),
@@ -308,16 +316,16 @@ class Run:
         try:
             with self.stop.listening():
                 files, verdict = self._export()
+            if not verdict.passed:
+                raise UserError(complaint(verdict, files))
+            known = {"fingerprint": self.family.fingerprint, "num_pictures": len(self.pictures), "verdict": verdict}
+            grid = self._attempt(GRID_FILE, lambda: self.samples.save_grid(self.pictures, self.trainer.step))
+            card = self._attempt(CARD_FILE, lambda: write_card(self.recipe, files, **known))
+            return Result(files, grid, card, verdict)
         except UserError as error:
             raise UserError([*error.problems, self._save_last()]) from None
         finally:
             self.output.close()
-        if not verdict.passed:
-            raise UserError(complaint(verdict, files))
-        known = {"fingerprint": self.family.fingerprint, "num_pictures": len(self.pictures), "verdict": verdict}
-        grid = self._attempt(GRID_FILE, lambda: self.samples.save_grid(self.pictures, self.trainer.step))
-        card = self._attempt(CARD_FILE, lambda: write_card(self.recipe, files, **known))
-        return Result(files, grid, card, verdict)
 
     def _export(self) -> tuple[list[Path], Verdict]:
         self.trainer.whole = not self.recipe.method.export_is_lossy  # the student is left with what the files hold
@@ -326,7 +334,7 @@ class Run:
             with not_compared(files), self.stop.breakable():
                 if self.recipe.method.export_is_lossy:
                     self.draw(range(len(self.prompts)))
-                with explained(self.recipe, "looking at what was learnt", drawing=True):
+                with explained(self.recipe, "looking at what was learnt", "else"):
                     after = self.probe(self.family)
         with not_compared(files), self.stop.breakable():
             self.family.to(torch.device("cpu"))  # there may be no room for two

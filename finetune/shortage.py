@@ -6,7 +6,7 @@ import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import UserError, reason
 
@@ -19,6 +19,7 @@ SIGNS = re.compile(
     re.IGNORECASE,
 )
 STEPS_OF_RESOLUTION = 64
+Kind = Literal["training", "drawing", "else"]  # of work; only the first keeps what gradients need
 
 
 class OutOfMemory(UserError):
@@ -26,12 +27,11 @@ class OutOfMemory(UserError):
 
 
 @contextmanager
-def explained(recipe: Recipe[Any], doing: str, *, drawing: bool = False) -> Iterator[None]:
+def explained(recipe: Recipe[Any], doing: str, kind: Kind) -> Iterator[None]:
     """Say what would help where memory runs out.
 
     Args:
         doing: what is at work, as in "step 3".
-        drawing: whether that is pictures, which no gradient is kept for.
 
     Raises:
         OutOfMemory: nothing that was at work is held any more.
@@ -46,7 +46,7 @@ def explained(recipe: Recipe[Any], doing: str, *, drawing: bool = False) -> Iter
         what = f"{doing}: the {device} is out of memory ({_short(error)})."
     else:
         return
-    raise OutOfMemory([what, *ways_out(recipe, drawing=drawing)])
+    raise OutOfMemory([what, *ways_out(recipe, kind)])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -55,9 +55,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def ways_out(recipe: Recipe[Any], *, drawing: bool) -> list[str]:
+def ways_out(recipe: Recipe[Any], kind: Kind) -> list[str]:
     """Settings that are not in use yet: those that leave what is learnt alone, then those that do not."""
-    same, other = _while_drawing(recipe) if drawing else _while_training(recipe)
+    same, other = {"training": _while_training, "drawing": _while_drawing}.get(kind, lambda _: ([], []))(recipe)
     other += _smaller(recipe)
     lines = []
     if same:

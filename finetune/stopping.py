@@ -51,25 +51,26 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals that are not ignored; only the main thread can."""
+        """Take the signals, but that of a closed terminal where `nohup` has it ignored; only the main thread can."""
         if self._listening or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        taken = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+        if before[signal.SIGHUP] == signal.SIG_IGN:
+            del before[signal.SIGHUP]
         reader, writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(writer, False)
         woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in taken:
+        for number in before:
             signal.signal(number, self._ask)
-        threading.Thread(target=_watch, args=(reader, set(taken)), name="stopping", daemon=True).start()
+        threading.Thread(target=_watch, args=(reader, set(before)), name="stopping", daemon=True).start()
         self._listening = True
         try:
             yield
         finally:
             self._listening = False
-            for number, handler in taken.items():
-                signal.signal(number, handler)
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
             signal.set_wakeup_fd(woken)
             os.close(writer)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lessons
 import pytest
+import single_files
 import tiny
 import torch
 from safetensors.torch import save_file
@@ -192,10 +193,16 @@ def test_an_adapter_given_as_a_base_is_named(tmp_path: Path):
         run.load_family(lessons.recipe(tmp_path / "lora.safetensors", tmp_path / "out", "lora", "plain"))
 
 
-def test_a_single_file_that_needs_configs_says_how_to_give_them(tmp_path: Path):
+def test_a_denoiser_alone_says_what_it_lacks_and_how_to_give_it(tmp_path: Path):
     save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"set base\.config to a folder"):
+    with pytest.raises(UserError, match=r"lacks the text_encoder, vae\. Name a folder.*base\.config"):
         run.load_family(lessons.recipe(tmp_path / "model.safetensors", tmp_path / "out", "lora", "plain"))
+
+
+def test_a_single_file_that_needs_configs_says_how_to_give_them(tmp_path: Path):
+    file = single_files.write_single_file(tiny.stable_diffusion(), "sd1", tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"set base\.config to a folder"):
+        run.load_family(lessons.recipe(file, tmp_path / "out", "lora", "plain"))
 
 
 def test_prediction_type_is_read_from_the_checkpoint(base_folder: Any):

@@ -149,6 +149,8 @@ def test_a_whole_pipeline_that_is_exported_is_there_whole_or_not_at_all(write: A
     recipe, folder = write("dreambooth", way, train={"steps": 1})
     assert Victim("train", recipe, finish=Dies("fsync")).end() == -signal.SIGSYS
     assert not (folder / "checkpoint").exists() and not (folder / LORA_FILE).exists()
+    assert Victim("train", recipe, "--resume").end() == 0
+    assert (folder / "checkpoint" / "model_index.json").exists() and not list(folder.glob(".checkpoint*"))
 
 
 def test_a_run_that_replaces_another_leaves_nothing_of_it_that_could_be_taken_for_its_own(write: Any):
@@ -240,6 +242,26 @@ def test_a_run_that_is_stopped_while_it_exports_says_what_is_there(write: Any):
     assert victim.end() == 130
     assert_one(victim.lines, "stopped after the export", LORA_FILE, "not compared")
     assert learnt(folder)
+
+
+def test_nohup_keeps_its_word_and_a_background_job_of_a_shell_can_be_stopped(write: Any):
+    recipe, folder = write(train={"steps": 2000, "checkpoint_every": None})
+    victim = Victim("train", recipe, before=InTheBackground())
+    victim.await_(lambda: len(metrics(folder)) > 1)
+    victim.send(signal.SIGHUP)
+    done = len(metrics(folder))
+    victim.await_(lambda: len(metrics(folder)) > done + 3)
+    assert stop(victim, signal.SIGINT)[0] == 130
+    (last,) = checkpoints(folder)
+    assert_one(victim.lines, f"stopped after step {last}")
+
+
+class InTheBackground:
+    """`nohup finetune ... &` in a shell's script."""
+
+    def __call__(self) -> None:
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def test_a_second_signal_ends_what_the_first_one_waits_for(write: Any, tmp_path: Path):
