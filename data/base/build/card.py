@@ -74,8 +74,8 @@ def companion_tables(found: dict) -> str:
 def personal_table(found: dict) -> str:
     """Means over the concepts of `personalise`."""
     columns = (
-        "before: all left-out photos", "after: all left-out photos", "left-out photos, each other",
-        "before: own prompt of six", "after: own prompt of six",
+        "before: the prompt's own", "after: the prompt's own", "before: all left-out photos",
+        "after: all left-out photos", "left-out photos, each other", "after: own prompt of six",
     )  # fmt: skip
     rows = []
     for recipe in dict.fromkeys(recipe for recipes in found.values() for recipe in recipes):
@@ -83,15 +83,16 @@ def personal_table(found: dict) -> str:
             if recipe in recipes:
                 concepts = list(recipes[recipe].values())
                 means = [sum(c[name] for c in concepts) / len(concepts) for name in columns]
-                cells = [f"{mean:.2f}" for mean in means[:3]] + [f"{100 * mean:.0f} %" for mean in means[3:]]
+                cells = [*(f"{mean:.2f}" for mean in means[:-1]), f"{100 * means[-1]:.0f} %"]
                 rows.append([f"{recipe}, {len(concepts)} concepts, {WHO[who]}", *cells])
     head = [
         "",
-        "likeness before",
+        "the prompt's own photo, before",
         "after",
-        "photos of each other (ceiling)",
-        "own prompt nearest of six, before",
+        "all photos, before",
         "after",
+        "(photos among each other)",
+        "own prompt nearest of six, after",
     ]
     return table(head, rows)
 
