@@ -5,9 +5,9 @@ Shapes: B samples (the concept's first, then the prior's), C latent channels, H 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,18 +33,31 @@ class Batch:
     num_prior: int  # how many of the last samples are prior
     mask: Tensor | None = None  # (B, 1, H, W), how much each place counts; without it, all alike
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Each of its tensors changed."""
+        latents, noise, time, geometry = map(change, (self.latents, self.noise, self.time, self.geometry))
+        prompt = (
+            self.prompt.map(change)
+            if isinstance(self.prompt, Prompt)
+            else {name: change(ids) for name, ids in self.prompt.items()}
+        )
+        mask = None if self.mask is None else change(self.mask)
+        return Batch(latents, noise, time, prompt, geometry, self.num_prior, mask)
+
     def last(self, count: int) -> Batch:
         """The last samples alone."""
-        prompt = (
-            self.prompt.last(count)
-            if isinstance(self.prompt, Prompt)
-            else {name: ids[-count:] for name, ids in self.prompt.items()}
-        )
-        latents, noise, time, geometry = (
-            part[-count:] for part in (self.latents, self.noise, self.time, self.geometry)
-        )
-        mask = None if self.mask is None else self.mask[-count:]
-        return Batch(latents, noise, time, prompt, geometry, count, mask)
+        return replace(self.map(lambda part: part[-count:]), num_prior=count)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the same order for each batch."""
+        found: list[Tensor] = []
+        self.map(lambda part: found.append(part) or part)
+        return found
+
+    @property
+    def form(self) -> Hashable:
+        """What two batches have in common that the same kernels can work on."""
+        return self.num_prior, *((part.shape, part.dtype) for part in self.tensors())
 
 
 class Encoder:
@@ -69,6 +82,7 @@ class Encoder:
         self.trains_text = trains_text
         self.noise_offset = noise_offset
         self.unmasked_weight = unmasked_weight
+        self.complete = False  # whether no draw needs a file or an encoder any more
         self.cell = family.pipeline.vae_scale_factor
         self.posteriors = Cache(self._encode_pictures, _num_bytes, _group(size), lambda draw: draw.crop.size)
         self.masks = Cache(self._read_masks, lambda mask: mask.nbytes, PICTURES_AT_ONCE)
@@ -85,10 +99,10 @@ class Encoder:
             pictures[draw.key], masks[draw.mask_key], captions[draw.caption] = draw, draw, draw.caption
         if self.unmasked_weight is not None:
             self.masks.fill(masks)
-        done = ["vae"] if self.posteriors.fill(pictures, title="encoding pictures" if show else None) else []
-        if not self.trains_text and self.prompts.fill(captions, title="encoding captions" if show else None):
-            done += self.family.text_encoders
-        return done
+        latents = self.posteriors.fill(pictures, title="encoding pictures" if show else None)
+        prompts = not self.trains_text and self.prompts.fill(captions, title="encoding captions" if show else None)
+        self.complete = latents and (prompts or self.trains_text)
+        return ["vae"] * latents + list(self.family.text_encoders) * prompts
 
     def encode(self, draws: Sequence[Draw], num_prior: int) -> Batch:
         posteriors = self.posteriors.get({draw.key: draw for draw in draws})
@@ -135,7 +149,7 @@ class Encoder:
 
     def _prompt(self, captions: Sequence[str]) -> Prompt | Tokens:
         if self.trains_text:
-            return self.family.tokenize(captions)
+            return {name: ids.to(self.family.device) for name, ids in self.family.tokenize(captions).items()}
         known = self.prompts.get(dict(zip(captions, captions, strict=True)))
         return Prompt.join([known[caption] for caption in captions]).to(self.family.device)
 

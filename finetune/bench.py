@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import resource
 import statistics
@@ -9,16 +10,20 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import run
 from finetune.recipe import Recipe
 
 WARM_UP = 3  # steps that fill caches and choose kernels, not counted
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+# TFLOP/s of matrix products in 16 bits, without sparsity, by NVIDIA's data sheets.
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
 
 
 @dataclass(frozen=True)
@@ -26,40 +31,47 @@ class Timing:
     """One recipe's figures; medians over the counted steps."""
 
     recipe: str
+    setting: str  # what was changed in it
     method: str
     batch: int  # samples in a step, the prior's included
     first_step_s: float  # from the start of the work, imports not counted, to the first update
     step_ms: float
     images_per_s: float
+    tflop: float  # of one step, forward and back
+    share_of_peak: float | None  # of what the GPU's data sheet promises
     picture_s: float  # one validation picture, drawn in a batch
-    peak_gib: float  # of the process, or of the GPU
+    peak_gib: float  # of the process, or what torch took of the GPU
 
 
-def measure(recipe: Recipe[Any], steps: int) -> Timing:
+def measure(recipe: Recipe[Any], steps: int, setting: str = "") -> Timing:
     """Train `steps` counted updates in a folder that is thrown away, and draw the validation prompts once."""
+    _forget()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         train = recipe.train.model_copy(update={"steps": WARM_UP + steps, "warmup": 0})
         output = recipe.output.model_copy(update={"folder": Path(folder) / "run"})
         at_work = run.prepare(recipe.model_copy(update={"train": train, "output": output}))
-        marks, batch = [time.perf_counter()], 0
-        for report in at_work.trainer.steps():
-            marks.append(time.perf_counter())
-            batch = len(report.draws)
+        at_work.trainer.encode()
+        reports = at_work.trainer.steps()
+        with FlopCounterMode(display=False) as counted:
+            batch = len(next(reports).draws)
+        marks = [time.perf_counter(), *(time.perf_counter() for _ in reports)]
         prompts = len(at_work.prompts)
         before = time.perf_counter()
         at_work.draw(range(prompts))
         drawing = time.perf_counter() - before
-    step = statistics.median(
-        later - earlier for earlier, later in zip(marks[WARM_UP:], marks[WARM_UP + 1 :], strict=False)
-    )
+    step = statistics.median(later - earlier for earlier, later in pairwise(marks[WARM_UP - 1 :]))
+    flops, peak = counted.get_total_flops(), _peak_speed()
     return Timing(
         recipe=recipe.name,
+        setting=setting,
         method=recipe.method.name,
         batch=batch,
-        first_step_s=round(marks[1] - start, 2),
+        first_step_s=round(marks[0] - start, 2),
         step_ms=round(step * 1000, 1),
         images_per_s=round(batch / step, 2),
+        tflop=float(f"{flops / 1e12:.3g}"),
+        share_of_peak=None if peak is None else round(flops / step / (peak * 1e12), 3),
         picture_s=round(drawing / prompts, 2) if prompts else 0.0,
         peak_gib=round(_peak_memory() / 2**30, 2),
     )
@@ -67,8 +79,21 @@ def measure(recipe: Recipe[Any], steps: int) -> Timing:
 
 def _peak_memory() -> int:
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _forget() -> None:
+    """What an earlier measurement has left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_speed() -> float | None:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((speed for known, speed in PEAKS.items() if known in name), None)
 
 
 def machine() -> dict[str, str]:
@@ -82,5 +107,5 @@ def table(timings: list[Timing]) -> str:
     """Markdown, as the README shows it."""
     rows = [asdict(timing) for timing in timings]
     lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
-    lines += [" | ".join(str(value) for value in row.values()) for row in rows]
+    lines += [" | ".join("" if value is None else str(value) for value in row.values()) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)

@@ -20,11 +20,23 @@ def in_float32(models: Iterable[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for model in models:
             for module in model.modules():
+                if hasattr(getattr(module, "state", None), "SCB"):
+                    stack.callback(module.register_forward_hook(_eight_bits).remove)
                 if _is_half(module):
                     layer = _Layer(module)
                     stack.callback(module.register_forward_pre_hook(layer.widen, with_kwargs=True).remove)
                     stack.callback(module.register_forward_hook(layer.restore, always_call=True).remove)
         yield
+
+
+def _eight_bits(module: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    """The answer of a layer in 8 bits with its input as it is; on a GPU it rounds that to 8 bits, too."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    state, weight = module.state, module.weight
+    packed, scales = (weight.data, weight.SCB) if state.SCB is None else (state.CB, state.SCB)
+    bias = None if module.bias is None else module.bias.float()
+    return nn.functional.linear(inputs[0].float(), int8_vectorwise_dequant(packed, scales), bias)
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -30,6 +30,8 @@ class Objective(Protocol):
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor: ...
 
     def weight(self, time: Tensor) -> Tensor: ...
+
+    def to(self, device: torch.device) -> Objective: ...
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,16 @@ class Diffusion:
         """
         if self.min_snr_gamma is None:
             return torch.ones_like(time, dtype=torch.float32)
-        alpha = self.alphas_cumprod.to(time.device)[time]
+        alpha = self.alphas_cumprod[time]
         snr = alpha / (1 - alpha)
         clipped = snr.clamp(max=self.min_snr_gamma)
         return clipped / (snr if self.prediction == "epsilon" else snr + 1)
 
+    def to(self, device: torch.device) -> Diffusion:
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+
     def _mix(self, like: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = self.alphas_cumprod.to(like.device)[time].view(-1, 1, 1, 1)
+        alpha = self.alphas_cumprod[time].view(-1, 1, 1, 1)
         return alpha.sqrt().to(like.dtype), (1 - alpha).sqrt().to(like.dtype)
 
 
@@ -160,3 +165,6 @@ class Flow:
     def weight(self, time: Tensor) -> Tensor:
         """Ones: the times' distribution is the weighting. (B,)"""
         return torch.ones_like(time, dtype=torch.float32)
+
+    def to(self, device: torch.device) -> Flow:
+        return self

@@ -46,6 +46,8 @@ class TrainConfig(Section):
         Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
     ] = "no"  # YAML reads a bare `no` as false
     gradient_checkpointing: bool = False
+    capture: bool = False
+    """Replay a step as one CUDA graph, on one GPU. It has not been tried on one yet."""
     min_snr_gamma: PositiveFloat | None = None
     zero_terminal_snr: bool = False
     noise_offset: Annotated[float, Field(ge=0)] = 0.0
@@ -78,7 +80,7 @@ def build_optimizer(groups: Sequence[Group], config: TrainConfig) -> Optimizer:
     Raises:
         UserError: it cannot be imported, or does not take the options.
     """
-    from torch.optim import Optimizer
+    from torch.optim import Adam, AdamW, Optimizer
 
     module, _, name = OPTIMIZERS.get(config.optimizer, config.optimizer).rpartition(".")
     try:
@@ -88,11 +90,22 @@ def build_optimizer(groups: Sequence[Group], config: TrainConfig) -> Optimizer:
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
         raise UserError(f"train.optimizer: {config.optimizer} is no optimizer of torch")
     parameters = [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups]
+    options = dict(config.optimizer_options)
+    meta = any(parameter.is_meta for group in groups for parameter in group.parameters.values())
+    if optimizer in (Adam, AdamW) and not meta and not {"foreach", "fused"} & options.keys():
+        options["fused"] = True
     try:
         kind: Any = optimizer
-        return kind(parameters, lr=config.learning_rate, **config.optimizer_options)
+        return kind(parameters, lr=config.learning_rate, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"train.optimizer_options: {config.optimizer} does not take them ({error})") from None
+
+
+def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state, and work on as this machine does, whichever way the other one did."""
+    for settings, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        settings |= {name: own[name] for name in ("lr", "foreach", "fused", "capturable") if name in own}
+    optimizer.load_state_dict(state)
 
 
 def multiplier(config: TrainConfig, step: int, until: float = 1.0) -> float:

@@ -40,7 +40,7 @@ def build(recipe: Recipe[Any], dtype: torch.dtype) -> Family:
     objective = kind.objective_class.from_scheduler(
         pipeline.scheduler.config, min_snr_gamma=train.min_snr_gamma, zero_terminal_snr=train.zero_terminal_snr
     )
-    return kind(pipeline, objective, source)
+    return kind(pipeline, objective.to(torch.device("meta")), source)
 
 
 def _folder(source: Source) -> Path:

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
+from torch import Tensor
 
 from finetune.batch import Batch, Encoder
+from finetune.capture import Captured, Work, obstacle
 from finetune.dataset import Draw, Pictures
 from finetune.dataset.buckets import Shapes
-from finetune.errors import UserError
-from finetune.schedule import TrainConfig, build_optimizer, multiplier
+from finetune.errors import UserError, warn
+from finetune.schedule import TrainConfig, build_optimizer, multiplier, restore
 from finetune.stopping import Stop
 from finetune.student import Student
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor
 
 
 class NonFiniteLoss(UserError):
@@ -62,6 +65,8 @@ class Trainer:
         self.accelerator = accelerator
         self.step = 0
         self.encoded = False  # whether that is done, of what is frozen
+        self.work: Work | None = None  # what a step asks of the device, once that is known
+        self.ahead: tuple[int, list[Batch]] | None = None  # a step's number and its batches
         self.whole = True  # whether the weights are those of a whole step
         self.stop = Stop()
         parts = accelerator.num_processes * config.accumulate
@@ -106,30 +111,83 @@ class Trainer:
         self.encoded = True
 
     def _update(self) -> Report:
-        rates = self._set_learning_rates()
+        if self.work is None:
+            self.work = self._choose_work()
+        rates, batches = self._set_learning_rates(), self._batches(self.step)
         # Only dropout draws from the global state, and differently on each process.
         torch.manual_seed(hash((self.config.seed, self.step, self.accelerator.process_index)))
-        total, draws = torch.zeros((), device=self.accelerator.device), self._draw(self.step)
-        for part in range(self.config.accumulate):
-            batch = self._batch(draws, part)
-            last = part == self.config.accumulate - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+        found = self.work(batches)
+        if not self.guarded:
+            found = torch.stack([found, self._clip()])
+        stop = found.new_tensor([float(self.stop.asked)])
+        shared = self.accelerator.reduce(torch.cat([found, stop]), reduction="mean")
+        if self.encoder.complete and self.step + 1 < self.config.steps:  # while the device is at work
+            self.ahead = self.step + 1, self._batches(self.step + 1)
+        loss, norm, stopping = cast(Tensor, shared).tolist()
+        draws = [draw for half in self._draw(self.step) for draw in half]
+        self._stop_if_not_finite(loss, norm, draws)
+        if not self.guarded:
+            self._apply()
+        if self.ema is not None:
+            self.ema.step(self.student.parameters())
+        return Report(self.step + 1, loss, norm, rates, draws, stopping > 0)
+
+    # -- what a step asks of the device -------------------------------------------------------------------------------
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the optimizer itself leaves the weights alone where the gradients are not finite.
+
+        Then a whole step needs no word with the host: torch's fused optimizers do, as they
+        must for scaled gradients.
+        """
+        alone = self.accelerator.num_processes == 1 and self.accelerator.scaler is None
+        return alone and all(settings.get("fused") for settings in self.optimizer.param_groups)
+
+    def _choose_work(self) -> Work:
+        work = self._whole_step if self.guarded else self._gradients
+        if not self.config.capture:
+            return work
+        if why := obstacle(self.accelerator):
+            warn(f"train.capture: {why}; the step runs as usual")
+            return work
+        if self.guarded:
+            for settings in self.optimizer.param_groups:
+                rate = torch.tensor(settings["lr"], device=self.accelerator.device)
+                settings.update(capturable=True, lr=rate)
+        return Captured(work, list(self.student.parameters()))
+
+    def _whole_step(self, batches: Sequence[Batch]) -> Tensor:
+        """A whole update; the loss and the gradient's norm: (2,)."""
+        found = torch.stack([self._gradients(batches), self._clip()])
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer.found_inf = (~found.isfinite().all()).float()
+        self._apply()
+        return found
+
+    def _gradients(self, batches: Sequence[Batch]) -> Tensor:
+        """The loss of a step's parts, and their gradients where parameters keep them."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for part, batch in enumerate(batches, start=1):
+            with nullcontext() if part == len(batches) else self.accelerator.no_sync(self.model):
                 losses = self.model(batch)
-                loss = self.student.method.reduce(losses, batch.num_prior) / self.config.accumulate
+                loss = self.student.method.reduce(losses, batch.num_prior) / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
-        shared = torch.stack([total, torch.full_like(total, float(self.stop.asked))])
-        loss, stopping = cast("Tensor", self.accelerator.reduce(shared, reduction="mean")).tolist()
-        norms = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
-        norm = float(cast("Tensor", norms))
-        self._stop_if_not_finite(loss, norm, drawn := [draw for half in draws for draw in half])
+        return total
+
+    def _clip(self) -> Tensor:
+        """The gradient's norm before it was clipped."""
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
+        return cast(Tensor, norm)
+
+    def _apply(self) -> None:
         self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.student.method.after_step(self.student)
-        if self.ema is not None:
-            self.ema.step(self.student.parameters())
-        return Report(self.step + 1, loss, norm, rates, drawn, stopping > 0)
+
+    # -- what a step depends on ---------------------------------------------------------------------------------------
 
     def _draw(self, step: int) -> list[list[Draw]]:
         """A step's samples over all processes: the concept's, and as many of the prior's if there is one."""
@@ -142,15 +200,22 @@ class Trainer:
         place = (self.accelerator.process_index * self.config.accumulate + part) * self.share
         return [draw for half in draws for draw in half[place : place + self.share]]
 
-    def _batch(self, draws: list[list[Draw]], part: int) -> Batch:
-        mine = self._mine(draws, part)
-        return self.encoder.encode(mine, num_prior=len(mine) - self.share)
+    def _batches(self, step: int) -> list[Batch]:
+        """This process's parts of a step."""
+        if self.ahead is not None and self.ahead[0] == step:
+            return self.ahead[1]
+        draws = self._draw(step)
+        mine = [self._mine(draws, part) for part in range(self.config.accumulate)]
+        return [self.encoder.encode(part, num_prior=len(part) - self.share) for part in mine]
 
     def _set_learning_rates(self) -> dict[str, float]:
         rates = {}
         for group, settings in zip(self.student.groups, self.optimizer.param_groups, strict=True):
-            settings["lr"] = group.learning_rate * multiplier(self.config, self.step, group.until)
-            rates[group.name] = settings["lr"]
+            rates[group.name] = rate = group.learning_rate * multiplier(self.config, self.step, group.until)
+            if isinstance(settings["lr"], Tensor):  # which a captured step reads
+                settings["lr"].fill_(rate)
+            else:
+                settings["lr"] = rate
         return rates
 
     def _stop_if_not_finite(self, loss: float, norm: float, draws: Sequence[Draw]) -> None:
@@ -158,6 +223,7 @@ class Trainer:
         if np.isfinite(loss) and (scaled or np.isfinite(norm)):
             return
         self.optimizer.zero_grad()
+        self.whole = True  # nothing was applied
         names = ", ".join(sorted({draw.path for draw in draws}))
         raise NonFiniteLoss(
             f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}. Its pictures: {names}. "
@@ -171,9 +237,7 @@ class Trainer:
             if name in trained:
                 part.train()
             if self.config.gradient_checkpointing:
-                # Two libraries, two names; transformers' also needs train mode.
-                enable = getattr(part, "enable_gradient_checkpointing", None) or part.gradient_checkpointing_enable
-                enable()
+                _checkpoint(part)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -202,7 +266,8 @@ class Trainer:
     def resume(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.student.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.work = self.ahead = None
+        restore(self.optimizer, state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.accelerator.device)
@@ -218,6 +283,16 @@ def _shaped(
         return concept, prior
     shapes = Shapes(concept.rows, concept.config.resolution, multiple, batch_size)
     return concept.within(shapes), None if prior is None else prior.within(shapes)
+
+
+def _checkpoint(part: Any) -> None:
+    """Keep fewer activations. The state of random numbers, which dropout needs, cannot be kept in a captured step."""
+    keeps = any(getattr(module, "p", 0) for module in part.modules() if isinstance(module, torch.nn.Dropout))
+    settings = {"use_reentrant": False, "preserve_rng_state": keeps}
+    if hasattr(part, "enable_gradient_checkpointing"):
+        part.enable_gradient_checkpointing(partial(torch.utils.checkpoint.checkpoint, **settings))
+    else:  # transformers' name, and only in train mode
+        part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def _average(student: Student, decay: float) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from finetune.adapter import to_update
 from finetune.errors import UserError
+from finetune.fused import fuse
 from finetune.lowrank import LowRank, factor
 
 TRAINED, START = "default", "start"  # adapters by the names that peft keeps them under
@@ -34,6 +35,7 @@ def inject(model: Any, targets: Sequence[str], variant: str, settings: Mapping[s
     model.add_adapter(_config(targets, variant, settings), TRAINED)
     if variant == "pissa":
         _start_from_the_weights(model)
+    fuse(model)
     if variant in ("loha", "lokr"):
         adapter_weights(model)  # says now, and not after the training, what cannot go out
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -47,8 +49,8 @@ def _config(targets: Sequence[str], variant: str, settings: Mapping[str, Any]) -
     common = {
         "target_modules": list(targets),
         "r": rank,
-        "rank_pattern": dict(settings["rank_pattern"]),
-        "alpha_pattern": dict(settings["alpha_pattern"]),
+        "rank_pattern": {in_block(pattern): value for pattern, value in settings["rank_pattern"].items()},
+        "alpha_pattern": {in_block(pattern): value for pattern, value in settings["alpha_pattern"].items()},
     }
     if variant == "loha":
         return LoHaConfig(alpha=alpha, **common)
@@ -56,6 +58,11 @@ def _config(targets: Sequence[str], variant: str, settings: Mapping[str, Any]) -
         return LoKrConfig(alpha=alpha, decompose_factor=settings["factor"], **common)
     kind = {"use_rslora": variant == "rslora", "use_dora": variant == "dora"}
     return LoraConfig(lora_alpha=alpha, lora_dropout=settings["dropout"], **kind, **common)
+
+
+def in_block(pattern: str) -> str:
+    """As peft matches the ends of layers' names: one that the pattern names, or all in what it names."""
+    return rf"(?:{pattern})(?:\..+)?"
 
 
 @torch.no_grad()
@@ -127,8 +134,8 @@ def _product(name: str, module: Any) -> tuple[Tensor, Tensor]:
     try:
         update = to_update(name, roles, kernel=base.shape[-1] if base.ndim == 4 else 0)
     except UserError as error:
-        reason = str(error).partition(". ")[0]
-        raise UserError(f"method.variant: {name}: {reason}. Lower method.rank or method.factor.") from None
+        reason = str(error).partition(". ")[0]  # which begins with the name
+        raise UserError(f"method.variant: {reason}. Lower method.rank or method.factor.") from None
     update = replace(update, scale=module.scaling[TRAINED]).folded()
     if update.rank > (full := min(len(base), base[0].numel())):
         product = (update.up.flatten(1) @ update.down.flatten(1)).view_as(base)

@@ -22,7 +22,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "pissa": {"variant": "pissa", "rank": 4, "alpha": 2.0, "text_encoder": True, "targets": ["convolution"]},
         "loha": {"variant": "loha", "rank": 2, "alpha": 3.0, "text_encoder": True, "targets": ["convolution"]},
         "lokr": {"variant": "lokr", "rank": 1, "alpha": 2.0, "factor": 2, "text_encoder": True},
-        "patterns": {"rank": 4, "alpha": 2.0, "targets": ["convolution"], "rank_pattern": {"conv1": 2, "to_q": 6}},
+        "patterns": {"rank": 4, "alpha": 2.0, "targets": ["convolution"], "rank_pattern": {"conv1|to_k": 2, "to_q": 6}},
     },
     "dreambooth": {
         "images": {"rank": 4, "class_prompt": "a thing", "num_class_images": 3},

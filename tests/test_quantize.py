@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import lessons
 import pytest
 import tiny
@@ -56,6 +57,22 @@ def test_a_quantised_base_predicts_about_what_the_base_does(to: str, base_folder
     expected, found = at_work.probe(run.load_family(plain)), at_work.probe(at_work.family)
     error = float((found - expected).norm() / expected.norm())
     assert 0 < error < {"nf4": 0.1, "int8": 0.02}[to]
+
+
+def test_the_comparison_knows_no_rounding_of_activations(
+    base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a GPU a layer's input has 8 bits, too; there a fresh pipeline was 8 % off what was trained."""
+    at_work = run.prepare(recipe(base_folder("stable_diffusion"), tmp_path, "lora", "int8"))
+    expected, product = at_work.probe(at_work.family), bitsandbytes.matmul
+
+    def like_a_gpu(x: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        step = x.abs().amax(-1, keepdim=True) / 127
+        return product((x / step).round() * step, *rest, **options)
+
+    monkeypatch.setattr(bitsandbytes, "matmul", like_a_gpu)
+    found = at_work.probe(at_work.family)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize(

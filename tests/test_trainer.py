@@ -212,6 +212,20 @@ def test_a_changed_recipe_cannot_resume_and_the_difference_is_named(base_folder:
         run.prepare(lessons.recipe(*case, {"rank": 8}, pictures), resume=True)
 
 
+def test_settings_that_have_come_since_do_not_keep_a_checkpoint_from_going_on(
+    base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = lessons.recipe(
+        base_folder("stable_diffusion"), tmp_path, "lora", "plain", tiny.save_pictures(tmp_path / "pictures")
+    )
+    older = recipe.dump()
+    del older["train"]["ema"], older["method"]["variant"], older["dataset"]["buckets"]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(recipe), "dump", lambda _: older)
+        stop_after(run.prepare(recipe), 2)
+    assert run.prepare(recipe, resume=True).trainer.step == 2
+
+
 def test_an_earlier_run_is_never_overwritten_unasked(base_folder: Any, tmp_path: Path):
     recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain")
     run.train(recipe)

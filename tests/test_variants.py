@@ -82,6 +82,28 @@ def test_rslora_scales_by_the_square_root_of_each_rank(base_folder: Any, tmp_pat
         assert layer.scaling["default"] == pytest.approx(6 / math.sqrt(rank))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_block_has_the_rank_of_its_pattern(variant: str, base_folder: Any, tmp_path: Path):
+    ranks = {"rank": 2, "rank_pattern": {"up_blocks": 1, "mid_block.attentions": 3}}
+    at_work = prepare(base_folder("stable_diffusion"), tmp_path, variant=variant, **ranks)
+    found = {
+        name.split(".")[0]: part.r["default"]
+        for name, part in at_work.family.denoiser.named_modules()
+        if isinstance(getattr(part, "r", None), dict)
+    }
+    assert found == {"down_blocks": 2, "mid_block": 3, "up_blocks": 1}
+
+
+def test_a_pattern_that_names_nothing_is_refused(base_folder: Any, tmp_path: Path):
+    patterns = {"rank_pattern": {"down_blocks.9": 8, "to_q": 8}, "alpha_pattern": {"q_proj": 1.0}}
+    with pytest.raises(UserError) as error:
+        prepare(base_folder("stable_diffusion"), tmp_path, **patterns)
+    assert [problem.split(" names")[0] for problem in error.value.problems] == [
+        "method.rank_pattern: 'down_blocks.9'",
+        "method.alpha_pattern: 'q_proj'",
+    ]
+
+
 def test_the_lengths_of_a_dora_stay_in_full_precision(base_folder: Any, tmp_path: Path):
     result = train_to_float16(base_folder("stable_diffusion"), tmp_path, {}, variant="dora", text_encoder=True)
     weights = load_file(result.files[0])

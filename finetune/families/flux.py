@@ -44,7 +44,7 @@ class Flux(Family):
             encoder_hidden_states=embeds,
             pooled_projections=prompt.pooled.to(self.dtype),
             timestep=time.to(self.dtype),
-            img_ids=patch_positions(height, width).to(embeds),
+            img_ids=patch_positions(height, width, noised.device).to(embeds),
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
             guidance=torch.full_like(time, GUIDANCE) if self.denoiser.config.guidance_embeds else None,
         ).sample
@@ -64,7 +64,8 @@ def unpack(patches: Tensor, height: int, width: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(b, depth // 4, height, width)
 
 
-def patch_positions(height: int, width: int) -> Tensor:
+def patch_positions(height: int, width: int, device: torch.device) -> Tensor:
     """(H/2 * W/2, 3): an unused axis, then each patch's row and column."""
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    sides = (torch.arange(side // 2, device=device) for side in (height, width))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)

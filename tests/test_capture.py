@@ -1,0 +1,90 @@
+"""A step as one CUDA graph: the same losses as the plain step, which it goes back to where it cannot be one.
+
+What needs a GPU is skipped without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lessons
+import pytest
+import torch
+
+from finetune import run
+from finetune.batch import Batch
+from finetune.families.base import Prompt
+from finetune.methods.lora import LoRA
+
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA GPU")
+METHODS = {
+    "lora": {"rank": 2},
+    "textual_inversion": {"init": "thing"},
+    "dreambooth": {"rank": 2, "prior": "prediction", "class_prompt": "a thing"},
+}
+
+
+def losses(base: Path, output: Path, method: str, **train: Any) -> tuple[list[float], run.Run]:
+    settings = {"steps": 6, "precision": "bf16", **train}
+    at_work = run.prepare(lessons.recipe(base, output, method, METHODS[method], train=settings))
+    return [report.loss for report in at_work.trainer.steps()], at_work
+
+
+def batch(count: int = 2) -> Batch:
+    latents = torch.randn(count, 4, 8, 8)
+    prompt = Prompt(torch.randn(count, 5, 16), pooled=torch.randn(count, 16))
+    return Batch(latents, torch.randn_like(latents), torch.arange(count), prompt, torch.zeros(count, 6), 1)
+
+
+def test_batches_have_one_form_where_all_their_tensors_have():
+    one, mask = batch(), torch.ones(2, 1, 8, 8)
+    assert one.form == batch().form and len(one.tensors()) == 6
+    different = [batch(3), replace(one, num_prior=0), replace(one, mask=mask), replace(one, prompt={"text": mask})]
+    different.append(one.map(torch.Tensor.half))
+    assert len({one.form, *(other.form for other in different)}) == 6
+
+
+def test_a_change_reaches_each_tensor_of_a_batch():
+    one = replace(batch(), mask=torch.ones(2, 1, 8, 8))
+    doubled = one.map(lambda part: part * 2)
+    assert all(torch.equal(2 * old, new) for old, new in zip(one.tensors(), doubled.tensors(), strict=True))
+    assert [part.shape[0] for part in one.last(1).tensors()] == [1] * 7
+
+
+def test_without_a_gpu_the_step_runs_as_usual_and_says_so(
+    base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base = base_folder("stable_diffusion")
+    plain, _ = losses(base, tmp_path / "plain", "lora")
+    asked, _ = losses(base, tmp_path / "asked", "lora", capture=True)
+    assert asked == plain
+    assert capsys.readouterr().err.count("train.capture: there is no CUDA GPU; the step runs as usual") == 1
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("train", [{}, {"accumulate": 2}, {"optimizer": "adamw_8bit"}, {"precision": "fp16"}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_losses_are_those_of_the_plain_step(method: str, train: dict[str, Any], base_folder: Any, tmp_path: Path):
+    base = base_folder("stable_diffusion")
+    plain, _ = losses(base, tmp_path / "plain", method, **train)
+    found, at_work = losses(base, tmp_path / "captured", method, capture=True, **train)
+    assert len(at_work.trainer.work.recordings) == 1
+    torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-5)
+    assert at_work.finish().verdict.passed
+
+
+@ON_A_GPU
+def test_what_cannot_be_captured_runs_as_usual_and_says_why(
+    base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    base = base_folder("stable_diffusion")
+    plain, _ = losses(base, tmp_path / "plain", "lora")
+    reduce = LoRA.reduce
+    monkeypatch.setattr(LoRA, "reduce", lambda *args: reduce(*args) + 0 * float(args[1].sum()))
+    found, at_work = losses(base, tmp_path / "asked", "lora", capture=True)
+    torch.testing.assert_close(found, plain)
+    assert not at_work.trainer.work.recordings
+    assert capsys.readouterr().err.count("the step runs as usual and not as one CUDA graph") == 1
