@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune import lycoris
-from finetune.errors import UserError
+from finetune.errors import UserError, brief
 from finetune.files import Header, Tensors
 
 
@@ -178,24 +178,26 @@ def to_update(name: str, roles: Roles, kernel: int = 0) -> Update:
     Raises:
         UserError: factors are missing, or do not fit each other.
     """
+    for role, tensor in roles.items():
+        if role != "alpha" and not tensor.is_floating_point():
+            raise UserError(f"{name}: {role} holds {str(tensor.dtype).removeprefix('torch.')}, and not real numbers")
     try:
-        factors, rank, kind = _factors(roles)
+        (up, down), rank, kind = _factors(roles)
+        if kernel and kind in ("LoHa", "LoKr"):
+            up, down = lycoris.as_convolution((up, down), kernel)
     except KeyError as error:
         raise UserError(f"{name}: {error.args[0]} is missing beside {', '.join(sorted(roles))}") from None
     except UserError as error:
         raise UserError(f"{name}: {problem}" for problem in error.problems) from None
-    except (RuntimeError, IndexError):
+    except (RuntimeError, LookupError, TypeError, ArithmeticError):
         shapes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in sorted(roles.items()))
         raise UserError(f"{name}: factors that do not fit each other: {shapes}") from None
-    if kernel and kind in ("LoHa", "LoKr"):
-        factors = lycoris.as_convolution(factors, kernel)
-    up, down = factors
-    fits = up.ndim == down.ndim and up.ndim in (2, 4) and up.shape[1] == len(down) > 0 and up[0, 0].numel() == 1
-    if not fits or 0 in up.shape + down.shape:
+    fits = up.ndim == down.ndim and up.ndim in (2, 4) and 0 not in up.shape + down.shape
+    if not fits or up.shape[1] != len(down) or up[0, 0].numel() != 1:
         raise UserError(f"{name}: factors that do not fit each other: {tuple(up.shape)} times {tuple(down.shape)}")
     alpha = roles.get("alpha")
-    if alpha is not None and (alpha.numel() != 1 or not bool(alpha.isfinite())):
-        raise UserError(f"{name}: alpha is not one number but {alpha.tolist()}")
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or not bool(alpha.float().isfinite())):
+        raise UserError(f"{name}: alpha is not one number but {brief(alpha.flatten()[:9].tolist())}")
     scale = 1.0 if alpha is None or rank is None else float(alpha) / rank
     magnitude = None if "magnitude" not in roles else _magnitude(name, roles["magnitude"], len(up))
     kind = kind if magnitude is None else "DoRA" if kind == "LoRA" else f"{kind} with DoRA"
@@ -214,8 +216,13 @@ def _factors(roles: Roles) -> tuple[lycoris.Factors, int | None, str]:
 
 def _magnitude(name: str, magnitude: Tensor, num_outputs: int) -> Tensor:
     """(m,). peft keeps it flat or as (1, m, 1, 1), kohya as (m, 1, ...); LyCORIS has one of the inputs, too."""
-    outputs = magnitude.numel() == num_outputs and (
-        magnitude.ndim == 1 or num_outputs in (magnitude.shape[0], magnitude[0].numel() if magnitude.ndim == 4 else -1)
+    outputs = (
+        magnitude.numel() == num_outputs
+        and magnitude.ndim in (1, 2, 4)
+        and (
+            magnitude.ndim == 1
+            or num_outputs in (magnitude.shape[0], magnitude[0].numel() if magnitude.ndim == 4 else -1)
+        )
     )
     if not outputs:
         raise UserError(

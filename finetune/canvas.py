@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from finetune.dataset.pixels import decode
+from finetune.dataset.pixels import decode, open_picture
+from finetune.dataset.turning import upright
 from finetune.errors import UserError
 
 Given = Image.Image | Path | str  # a picture, or the file that holds it
@@ -43,8 +44,8 @@ def read(given: Given) -> Picture:
     else:
         content = Path(given).read_bytes()
     image = decode(content, "#ffffff")
-    with Image.open(io.BytesIO(content)) as file:
-        turned = ImageOps.exif_transpose(file)
+    with open_picture(content) as file:
+        turned = upright(file)
         if not turned.has_transparency_data:
             return Picture(image)
         return Picture(image, ImageOps.invert(turned.convert("RGBA").getchannel("A")))

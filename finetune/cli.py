@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from finetune import __version__
-from finetune.errors import UserError
+from finetune.errors import UserError, one_line
 from finetune.quiet import quiet
 
 app = typer.Typer(
@@ -33,6 +35,9 @@ Energy = Annotated[float | None, typer.Option(help="Or the share of each layer's
 def main() -> None:
     """Run a command; what the user can mend is printed without a traceback, with status 2."""
     quiet()
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be text, and a terminal need not know UTF-8
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:
@@ -40,7 +45,7 @@ def main() -> None:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # no right, no room, no such name: the user's to mend, whichever library met it
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -149,7 +154,7 @@ def show(recipe: RecipeName, overrides: Overrides = None) -> None:
 def check(
     recipe: RecipeName,
     overrides: Overrides = None,
-    memory: Annotated[bool, typer.Option("--memory", help="And the GPU memory that it needs.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="And the GPU memory and the time that it needs.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
 ) -> None:
     """The recipe and its pictures, before any model is loaded; status 1 with warnings, 2 with errors."""
@@ -161,12 +166,12 @@ def check(
         report = survey(loaded := _load(recipe, overrides))
         shown = {"lines": report.lines(), "json": report.as_dict()}
         if memory:
-            _add_memory(loaded, [text for picture in report.pictures for text in picture.captions], shown)
+            _add_needs(loaded, report, shown)
     except (UserError, OSError) as error:
         if json:
             print(dumps(failure(error), indent=2))
         raise
-    print(dumps(shown["json"], indent=2) if json else "\n".join(shown["lines"]))
+    print(dumps(shown["json"], indent=2) if json else "\n".join(map(one_line, shown["lines"])))
     if report.status:
         sys.exit(report.status)
 
@@ -174,17 +179,21 @@ def check(
 @app.command()
 def bench(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Files or names.")],
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="'KEY=VALUE ...'", help="Time each with this; once for each --set."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Counted updates of each.")] = 20,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
     """Time recipes on this machine: steps, pictures, memory."""
-    loaded = [_load(name, []) for name in recipes]
+    loaded = [(_load(name, shlex.split(text)), text) for name in recipes for text in change or [""]]
     import json
     from dataclasses import asdict
 
     from finetune import bench
 
-    timings = [bench.measure(recipe, steps) for recipe in loaded]
+    timings = [bench.measure(recipe, steps, text) for recipe, text in loaded]
     print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), bench.table(timings), sep="\n")
     if output is not None:
         figures = {"machine": bench.machine(), "timings": [asdict(timing) for timing in timings]}
@@ -308,15 +317,19 @@ def _load(recipe: str, overrides: list[str] | None) -> Any:
     return load(recipe, overrides or [])
 
 
-def _add_memory(recipe: Any, captions: list[str], shown: dict[str, Any]) -> None:
+def _add_needs(recipe: Any, report: Any, shown: dict[str, Any]) -> None:
     """What `check --memory` says on top."""
     from dataclasses import asdict
 
+    from finetune.duration import duration
     from finetune.memory import estimate, table
 
+    captions = [text for picture in report.pictures for text in picture.captions]
     needed = estimate(recipe, captions)
-    shown["lines"] += table(needed)
-    shown["json"]["memory"] = {**asdict(needed), "step": needed.step, "run": needed.run}
+    time = duration(recipe, needed.work, report.forecast, len(set(captions)))
+    shown["lines"] += [*table(needed), *time.lines()]
+    totals = {"step": needed.step, "run": needed.run, "checkpoint": needed.checkpoint}
+    shown["json"] |= {"memory": {**asdict(needed), **totals}, "time": time.as_dict()}
 
 
 def _print_plan(recipe: Any, pictures: Any, machine: str | None = None) -> None:
@@ -324,7 +337,7 @@ def _print_plan(recipe: Any, pictures: Any, machine: str | None = None) -> None:
 
     lines = plan(recipe, pictures) | ({"machine": machine} if machine else {})
     for title, text in lines.items():
-        print(f"{title:10}{text}")
+        print(one_line(f"{title:10}{text}"))
 
 
 def _describe(file: Path) -> str:

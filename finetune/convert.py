@@ -42,4 +42,5 @@ def convert(
 
 
 def _as_file_name(word: str) -> str:
-    return "".join(letter for letter in word if letter.isalnum() or letter in "-_") or "embedding"
+    """At most 200 bytes of UTF-8, of the 255 that a file's name may have."""
+    return "".join(letter for letter in word if letter.isalnum() or letter in "-_")[:50] or "embedding"

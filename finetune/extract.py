@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.adapter import AdapterWeights, Update, is_adapter
 from finetune.architectures import ARCHITECTURES, from_updates
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 from finetune.files import read_shapes
 from finetune.formats import write
 from finetune.inspection import checkpoint
@@ -56,7 +56,10 @@ class Weights:
     def __getitem__(self, name: str) -> Tensor:
         """Raises: UserError when it holds NaN or infinity."""
         file, piece = self.places[name]
-        weight = piece.cut(file.get_tensor(piece.stored)).float()
+        try:
+            weight = piece.cut(file.get_tensor(piece.stored)).float()
+        except Exception as error:  # of a kind or a shape that no weight has
+            raise UserError(f"{self.where}: {name} is no weight of a model ({reason(error)})") from None
         if not bool(weight.isfinite().all()):
             raise UserError(f"{self.where}: {name} holds NaN or infinity")
         return weight
@@ -94,15 +97,15 @@ class Checkpoint:
 
         try:
             return self.opened.enter_context(safe_open(file, framework="pt"))
-        except SafetensorError as error:
-            raise UserError(f"{file}: weights that are damaged or cut short ({error})") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: weights that are damaged or cut short ({reason(error)})") from None
 
 
 def _pipeline_of_folder(folder: Path) -> tuple[str, str | None]:
     """The class of diffusers, and the architecture where only one has this class."""
     try:
         pipeline = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{folder}: no folder in diffusers' layout (it has no model_index.json)") from None
     fitting = [name for name, known in ARCHITECTURES.items() if known.pipeline == pipeline]
     return pipeline, fitting[0] if len(fitting) == 1 else None

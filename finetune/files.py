@@ -9,15 +9,16 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Tensors = dict[str, "Tensor"]
 Header = dict[str, str]
+MOST_TENSORS = 2**17
 
 
 @contextmanager
@@ -45,6 +46,27 @@ def whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
         unfinished.unlink(missing_ok=True)
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is one, which a name that no file can have is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file's content, of at most so many bytes.
+
+    Raises:
+        OSError, ValueError: it is larger, or no file: a pipe would have its reader wait forever.
+    """
+    if not path.is_file() and path.exists():
+        raise ValueError(f"it is {'a folder' if path.is_dir() else 'a device or a pipe'} and no file")
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"it has {size:,} bytes, and {most:,} are the most")
+    return path.read_bytes()
 
 
 def to_disk(path: Path) -> None:
@@ -89,11 +111,14 @@ def read_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], Header]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'does not exist'}. Name a file.")
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise UserError(f"{path}: has {len(names):,} tensors, more than any model or adapter")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             return shapes, {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file, or cut short ({error})") from None
@@ -101,9 +126,13 @@ def read_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], Header]:
 
 def read_tensors(path: Path) -> Tensors:
     """All tensors of a safetensors file that `read_shapes` could open."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, LookupError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: holds numbers of a kind that torch does not know ({reason(error)})") from None
 
 
 def read_pickle(path: Path) -> tuple[Tensors, Header]:
@@ -112,19 +141,41 @@ def read_pickle(path: Path) -> tuple[Tensors, Header]:
     Raises:
         UserError: it holds more than tensors, or is no pickle.
     """
-    import pickle
-
     import torch
 
+    _check_unpacked(path)
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read without running code from it, so it is refused ({reason})") from None
+    except Exception as error:  # whatever a pickle's commands bring about
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read without running code from it, so it is refused ({why})") from None
     held = held.get("state_dict", held) if isinstance(held, dict) else held
+    header: Header = {}
     if isinstance(held, dict) and isinstance(held.get("string_to_param"), dict) and held["string_to_param"]:
-        vectors = next(iter(held["string_to_param"].values()))
-        return {"emb_params": vectors.detach()}, {"trigger": str(held.get("name") or path.stem)}
-    if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
+        header = {"trigger": str(held.get("name") or path.stem)}
+        held = {"emb_params": next(iter(held["string_to_param"].values()))}
+    if not isinstance(held, dict) or not all(_is_plain(value) for value in held.values()):
         raise UserError(f"{path}: holds no table of tensors. It is neither a LoRA nor an embedding.")
-    return {str(name): value.detach() for name, value in held.items()}, {}
+    return {str(name): value.detach() for name, value in held.items()}, header
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raises: UserError when a zip says that it holds more bytes than it has; torch packs nothing."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # older pickles are no zips
+        return
+    if size > path.stat().st_size:
+        raise UserError(f"{path}: unpacks to {size:,} bytes, more than it has, as no file of torch does")
+
+
+def _is_plain(value: Any) -> bool:
+    """A tensor with numbers of its own: a few can be stretched to any shape."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune import checkpoint
+from finetune.config import build
 from finetune.dataset import Picture
 from finetune.errors import UserError, reason, warn
 from finetune.export import LORA_FILE, PIPELINE_FOLDER, WORDS_FILE
@@ -27,7 +28,7 @@ RECIPE_FILE, GRID_FILE, CARD_FILE = "recipe.yaml", "grid.png", "README.md"
 CHECKPOINTS, SAMPLES, LOCK = "checkpoints", "samples", ".lock"
 WRITTEN = (RECIPE_FILE, LORA_FILE, WORDS_FILE, GRID_FILE, CARD_FILE)
 # They change when a result is there and what it takes, but not the result.
-CHANGEABLE = {"train": ("accumulate", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints")}
+CHANGEABLE = {"train": ("accumulate", "capture", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints")}
 
 
 class OutputFolder:
@@ -153,7 +154,7 @@ class OutputFolder:
     def _check_unchanged(self, found: Path) -> None:
         """A run may only go on as what it was."""
         state = checkpoint.load(found, tensors=False)
-        then, now = json.loads(state["recipe"]), self.recipe.dump()
+        then, now = self._with_defaults(json.loads(state["recipe"])), self.recipe.dump()
         changed = [
             f"{section}.{key}: was {then[section].get(key)!r}, is now {now[section].get(key)!r}"
             for section in ("base", "method", "dataset", "train")
@@ -165,6 +166,13 @@ class OutputFolder:
         if changed:
             raise UserError([f"--resume: the recipe differs from that of {found}:", *changed])
         self._check_pictures(state["pictures"], found)
+
+    def _with_defaults(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """A recipe of an earlier version, which lacks the settings that have come since."""
+        try:
+            return build(type(self.recipe), tree).dump()
+        except UserError:  # of another method, or with settings that have gone
+            return tree
 
     def _check_pictures(self, before: dict[str, str], found: Path) -> None:
         changes = {

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.adapter import AdapterWeights, Content, WordVectors, not_finite
 from finetune.architectures import ARCHITECTURES, PROMPT_WIDTHS, from_header, from_names
-from finetune.errors import UserError
-from finetune.files import read_shapes
+from finetune.errors import UserError, one_line
+from finetune.files import is_file, read_shapes
 from finetune.formats.base import PICKLES, parse, recognise
 
 # Tensors that only such a checkpoint has, in the order in which they are looked for.
@@ -44,7 +45,7 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         return _folder(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: does not exist. Name a file or a folder.")
     found: dict[str, Any] = {"file": str(path), "size": f"{path.stat().st_size / 1000:,.1f} kB"}
     if path.suffix in PICKLES:
@@ -72,16 +73,17 @@ def _folder(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(index.read_text(encoding="utf-8"))
         pipeline = config["_class_name"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        parts = sorted(name for name, value in config.items() if isinstance(value, list) and value and value[0])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index}: no JSON that names a pipeline") from None
-    size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in path.rglob("*.safetensors") if file.is_file())
     return {
         "file": str(path),
         "size": f"{size / 1e6:,.1f} MB",
         "format": "a full pipeline in diffusers' layout",
         "pipeline": pipeline,
         "architecture": " or ".join(known.title for known in ARCHITECTURES.values() if known.pipeline == pipeline),
-        "parts": sorted(name for name, value in config.items() if isinstance(value, list) and value[0]),
+        "parts": parts,
         "use": f"{pipeline}.from_pretrained({str(path)!r})",
     }
 
@@ -184,14 +186,21 @@ def _range(values: list[float]) -> str:
 def _use(path: Path, content: Content) -> str:
     base = "" if content.header.get("base") else " --base BASE"
     word = content.word if isinstance(content, WordVectors) else content.header.get("trigger", "")
-    return f'finetune generate "a picture of {word or "..."}" --adapter {path}{base}'
+    prompt = _quoted(f"a picture of {word or '...'}")
+    return f"finetune generate {prompt} --adapter {shlex.quote(str(path))}{base}"
+
+
+def _quoted(text: str) -> str:
+    """For a shell that does nothing with it, whatever a file says of itself."""
+    return f'"{text}"' if re.fullmatch(r"[\w .,:<>|+-]*", text) else shlex.quote(text)
 
 
 def as_lines(found: Mapping[str, Any]) -> list[str]:
     """For people: one line for each fact; metadata last, and cut where it is long."""
     lines = [f"{title:14}{_in_words(value)}" for title, value in found.items() if title != "metadata"]
     metadata = sorted(found.get("metadata", {}).items())
-    return [*lines, *(["metadata"] if metadata else []), *(f"  {key} {_cut(value)}" for key, value in metadata)]
+    lines += [*(["metadata"] if metadata else []), *(f"  {key} {_cut(value)}" for key, value in metadata)]
+    return [one_line(line) for line in lines]
 
 
 def _in_words(value: Any) -> str:

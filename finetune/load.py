@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 
 from finetune.adapter import AdapterWeights, WordVectors
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 from finetune.formats import read, to_diffusers
 from finetune.placeholder import add_word, pool_at_the_end
+from finetune.shortage import is_out_of_memory
 
 # What an embedding's vectors are for -> the endings of the pipelines' attributes where such an encoder may be.
 ENCODERS = {"clip_l": ("",), "clip_g": ("_2",), "t5": ("_3", "_2"), "qwen3": ("",)}
@@ -63,17 +65,34 @@ def load_adapters(pipeline: Any, adapters: Iterable[Adapter | str | Path]) -> An
     for given in adapters:
         adapter = given if isinstance(given, Adapter) else Adapter(Path(given))
         for file in adapter.files():
-            content = read(file)
-            if isinstance(content, WordVectors):
-                _load_word(pipeline, content, adapter.weight, file)
-            else:
-                name = f"adapter_{len(weights)}"
-                pipeline.load_lora_weights(to_diffusers(content), adapter_name=name)
-                _widen_lengths(pipeline, content, name)
-                weights[name] = adapter.weight
+            content, name = read(file), f"adapter_{len(weights)}"
+            with _naming(file):
+                if isinstance(content, WordVectors):
+                    _load_word(pipeline, content, adapter.weight, file)
+                else:
+                    _load_lora(pipeline, content, name)
+                    weights[name] = adapter.weight
     if weights:
         pipeline.set_adapters(list(weights), list(weights.values()))
     return pipeline
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Say which file does not fit the base, whatever diffusers and peft make of it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(f"{file}: is not for this base ({reason(error)})") from error
+
+
+def _load_lora(pipeline: Any, content: AdapterWeights, name: str) -> None:
+    pipeline.load_lora_weights(to_diffusers(content), adapter_name=name)
+    if not any(name in names for names in pipeline.get_list_adapters().values()):
+        raise ValueError(f"it has none of the {', '.join(content.parts)} that the file changes")
+    _widen_lengths(pipeline, content, name)
 
 
 def _widen_lengths(pipeline: Any, content: AdapterWeights, adapter: str) -> None:

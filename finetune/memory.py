@@ -14,12 +14,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from finetune.batch import PIXELS_AT_ONCE, Batch
+from finetune.batch import PICTURES_AT_ONCE, PIXELS_AT_ONCE, Batch
 from finetune.dataset import Pictures
-from finetune.families.base import Family
+from finetune.families.base import Family, Prompt
 from finetune.quantize import layers
 from finetune.recipe import Recipe
-from finetune.rehearsal import Ledger, LikeGpu, go_back
+from finetune.rehearsal import Ledger, LikeGpu, Work, go_back
 from finetune.skeleton import build
 from finetune.trainer import Trainer
 
@@ -36,6 +36,7 @@ TEXTS = {
     "encoding": "all parts, while pictures are encoded before the first step",
     "drawing": "all parts, while pictures are drawn",
     "run": "the most of these",
+    "checkpoint": "on the disk: what is trained, its state and its average",
 }
 
 
@@ -52,6 +53,12 @@ class Memory:
     gradients: int  # those that exist at that moment
     transient: int
     others: Mapping[str, int]  # moment -> all that is on the GPU then
+    work: Mapping[str, Work]  # of a step, a picture or caption encoded, a pass of the denoiser, a picture decoded
+
+    @property
+    def checkpoint(self) -> int:
+        """A checkpoint on the disk."""
+        return self.trained + self.optimizer + self.average
 
     @property
     def step(self) -> int:
@@ -94,17 +101,19 @@ def estimate(recipe: Recipe[Any], captions: Sequence[str] = ()) -> Memory:
     with ledger, gpu:
         _book_weights(recipe, family, ledger)
         trainer = _trainer(recipe, family, ledger)
-        others = {"encoding": ledger.most(lambda: _encode(recipe, family, caption))}
+        work: dict[str, Work] = {}
+        others = {"encoding": ledger.most(lambda: _encode(recipe, family, caption, ledger, work))}
         num_prior = 0 if recipe.method.prior_half is None else trainer.share
         batch = _batch(recipe, family, caption, trainer.share, num_prior)
-        fullest = _step(trainer, batch, ledger, gpu)
+        fullest, work["step"] = _step(trainer, batch, ledger, gpu)
+        _look(family, batch.last(1), ledger, gpu, work, guided=recipe.validation.guidance > 1)
         if num_drawn := _num_drawn(recipe):
             others["drawing"] = ledger.most(lambda: _draw(family, batch.latents[:1].expand(num_drawn, -1, -1, -1), gpu))
     weights = {name: fullest[name] for name in family.pipeline.components if name in fullest}
     # What frozen parts say is kept from before the first step, if it all finds room.
     resting = ("vae", *(() if recipe.method.trains_text else family.text_encoders))
     kinds = ("trained", "optimizer", "average", "activations", "gradients", "transient")
-    return Memory(weights, resting, **{kind: fullest[kind] for kind in kinds}, others=others)
+    return Memory(weights, resting, **{kind: fullest[kind] for kind in kinds}, others=others, work=work)
 
 
 def _dtype(recipe: Recipe[Any]) -> torch.dtype:
@@ -168,17 +177,21 @@ def _batch(recipe: Recipe[Any], family: Family, caption: str, num_concept: int, 
     return Batch(latents, torch.empty_like(latents), time, prompt, torch.empty(count, 6, device="meta"), num_prior)
 
 
-def _step(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) -> Counter[str]:
+def _step(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) -> tuple[Counter[str], Work]:
     """The fullest moment of an update; the optimizer's state is there all the time, as from the second one on."""
-    ledger.most(lambda: _go_through(trainer, batch, ledger, gpu))
+    parts = trainer.config.accumulate
+    work = ledger.count(lambda: ledger.most(lambda: _go_through(trainer, batch, ledger, gpu))).times(
+        parts / min(parts, 2)
+    )
     training = ledger.fullest
     ledger.kind = "optimizer"
-    ledger.most(trainer.optimizer.step)
+    update = ledger.count(lambda: ledger.most(trainer.optimizer.step))
     updating, state = ledger.fullest, ledger.held["optimizer"]
     trainer.optimizer.zero_grad()
     updating["transient"] += max(0, updating["optimizer"] - state)
     training["optimizer"] = updating["optimizer"] = state
-    return max(training, updating, key=Counter.total)
+    total = Work(work.flops + update.flops, work.operations + update.operations)
+    return max(training, updating, key=Counter.total), total
 
 
 def _go_through(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) -> None:
@@ -194,10 +207,24 @@ def _go_through(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) ->
 
 
 @torch.no_grad()
-def _encode(recipe: Recipe[Any], family: Family, caption: str) -> None:
+def _encode(recipe: Recipe[Any], family: Family, caption: str, ledger: Ledger, work: dict[str, Work]) -> None:
     size = recipe.dataset.resolution
-    family.encode_image(torch.empty(max(1, PIXELS_AT_ONCE // size**2), 3, size, size, device="meta"))
-    family.encode_prompt(family.tokenize([caption]))
+    group = min(PICTURES_AT_ONCE, max(1, PIXELS_AT_ONCE // size**2))
+    pixels = torch.empty(group, 3, size, size, device="meta")
+    work["picture"] = ledger.count(lambda: family.encode_image(pixels)).times(1 / len(pixels))
+    work["caption"] = ledger.count(lambda: family.encode_prompt(family.tokenize([caption])))
+
+
+@torch.no_grad()
+def _look(family: Family, batch: Batch, ledger: Ledger, gpu: LikeGpu, work: dict[str, Work], *, guided: bool) -> None:
+    """A pass of the denoiser and a picture, as they are drawn; with guidance a pass is of two prompts."""
+    vae = family.pipeline.vae
+    with gpu.autocast():
+        prompt = batch.prompt if isinstance(batch.prompt, Prompt) else family.encode_prompt(batch.prompt)
+        both = guided and "guidance_embeds" not in family.denoiser.config  # FLUX.1 is told its guidance
+        forward = ledger.count(lambda: family.denoise(batch.latents, batch.time, prompt, batch.geometry))
+        work["pass"] = forward.times(1 + both, 1)
+        work["decoded"] = ledger.count(lambda: vae.decode(batch.latents.to(vae.dtype)))
 
 
 def _num_drawn(recipe: Recipe[Any]) -> int:

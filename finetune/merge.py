@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -66,6 +67,8 @@ def concatenate(given: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights
     parts: dict[str, dict[str, list[Update]]] = {}
     for weights, weight in given:
         for part, name, update in weights.updates():
+            if not math.isfinite(update.scale * weight):
+                raise UserError(f"{part}.{name}: a weight of {weight:g} makes it infinite. Give a smaller one.")
             folded = replace(update, scale=update.scale * weight).folded()
             parts.setdefault(part, {}).setdefault(name, []).append(folded)
     merged = {

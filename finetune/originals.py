@@ -206,7 +206,7 @@ def _unet_in_diffusers(flat: str) -> str:
     for name, original in UNET_TOP.items():
         if original.replace(".", "_") == flat:
             return name
-    found = re.fullmatch(r"(?:(input|output)_blocks_(\d+)|middle_block)_(\d+)_(.+)", flat)
+    found = re.fullmatch(r"(?:(input|output)_blocks_(\d{1,3})|middle_block)_([012])_(.+)", flat)
     if found is None:
         raise UserError(f"{flat}: no layer of a Stable Diffusion UNet has this name")
     side, index, inner, rest = found[1], int(found[2] or 0), int(found[3]), found[4]
@@ -232,13 +232,14 @@ def unet_original(name: str) -> str:
     """A layer of diffusers' SDXL UNet under its original name."""
     if name in UNET_TOP:
         return UNET_TOP[name]
-    if sampler := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(?:down|up)samplers\.0\.conv", name):
+    if sampler := re.fullmatch(r"(down|up)_blocks\.(\d{1,3})\.(?:down|up)samplers\.0\.conv", name):
         level = int(sampler[2])
         down = sampler[1] == "down"
         return f"input_blocks.{LEVEL * (level + 1)}.0.op" if down else f"output_blocks.{LEVEL * level + 2}.2.conv"
-    if middle := re.fullmatch(r"mid_block\.(\w+\.\d)\.(.+)", name):
+    middle = re.fullmatch(r"mid_block\.(\w+\.\d)\.(.+)", name)
+    if middle and middle[1] in MIDDLE:
         return f"middle_block.{MIDDLE.index(middle[1])}.{UNET_RESNET.get(middle[2], middle[2])}"
-    block = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d)\.(.+)", name)
+    block = re.fullmatch(r"(down|up)_blocks\.(\d{1,3})\.(resnets|attentions)\.(\d)\.(.+)", name)
     if block is None:
         raise UserError(f"{name}: no layer of SDXL's UNet has this name")
     index = LEVEL * int(block[2]) + int(block[4])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
-import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from finetune import spelling
-from finetune.dataset.health import LOOKED_AT, Finding, cut_away, enlargement, examine, trained_size
+from finetune.dataset.health import LOOKED_AT, MULTIPLE, Finding, cut_away, enlargement, examine, trained_size
+from finetune.dataset.pixels import Size
 from finetune.dataset.scan import Picture, scan
-from finetune.dataset.storage import kept
 from finetune.errors import UserError
+from finetune.forecast import ClassImages, Disk, Forecast, forecast
 from finetune.methods.base import Prior
+from finetune.outline import outline
 from finetune.recipe import Recipe
+from finetune.request import cache_folder
+from finetune.spelling import Speller, find_speller
 
 SEEN = 10, 1000  # how many times a picture usually is, at the least and at the most
 SEEN_AT_MOST = {"textual_inversion": 10_000}  # 8 of 5 pictures in each of 5,000 steps (2208.01618)
-BYTES_A_PIXEL = 2  # of a PNG; a file of noise has 3
-BYTES_A_WEIGHT = 12  # of a checkpoint: itself and AdamW's two moments, in float32
 TOLD = 5  # warnings that `train` prints
 # A part of what a UserError says -> its code. What is not here is "invalid".
 CODES = {
@@ -68,6 +68,7 @@ class Report:
     plan: Mapping[str, str]
     pictures: Sequence[Fate]
     findings: Sequence[Finding]
+    forecast: Forecast
 
     @property
     def status(self) -> int:
@@ -92,7 +93,23 @@ class Report:
         """For programs."""
         problems = [asdict(finding) for finding in self.findings]
         pictures = [asdict(fate) for fate in self.pictures]
-        return {"status": self.status, "problems": problems, "plan": dict(self.plan), "pictures": pictures}
+        told = {"plan": dict(self.plan), "forecast": self.forecast.as_dict(), "pictures": pictures}
+        return {"status": self.status, "problems": problems, **told}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the files of the base and the caches tell, each read once."""
+
+    multiple: int  # of a picture's sides
+    speller: Speller | None  # None where the base is not on this machine
+    forecast: Forecast
+
+
+def look_up(recipe: Recipe[Any], pictures: Sequence[Picture]) -> Known:
+    base = outline(recipe.base)
+    multiple = base.multiple if base else MULTIPLE
+    return Known(multiple, find_speller(recipe.base), forecast(recipe, pictures, base))
 
 
 def survey(recipe: Recipe[Any]) -> Report:
@@ -102,7 +119,9 @@ def survey(recipe: Recipe[Any]) -> Report:
         UserError: everything that makes a run impossible.
     """
     pictures = check(recipe)
-    return Report(plan(recipe, pictures), fates(recipe, pictures), find(recipe, pictures))
+    known = look_up(recipe, pictures)
+    fate, found = fates(recipe, pictures, known.multiple), find(recipe, pictures, known)
+    return Report(plan(recipe, pictures, known), fate, found, known.forecast)
 
 
 def failure(error: UserError | OSError) -> dict[str, Any]:
@@ -117,7 +136,7 @@ def failure(error: UserError | OSError) -> dict[str, Any]:
             if text.startswith(" "):
                 code, file, message = "recipe", header, text.strip()
             problems.append(asdict(Finding(code, file if message else "", message or file, "error")))
-    return {"status": 2, "problems": problems, "plan": None, "pictures": []}
+    return {"status": 2, "problems": problems, "plan": None, "forecast": None, "pictures": []}
 
 
 def check(recipe: Recipe[Any]) -> list[Picture]:
@@ -135,40 +154,56 @@ def check(recipe: Recipe[Any]) -> list[Picture]:
     return pictures
 
 
-def plan(recipe: Recipe[Any], pictures: Sequence[Picture]) -> dict[str, str]:
+def plan(recipe: Recipe[Any], pictures: Sequence[Picture], known: Known | None = None) -> dict[str, str]:
     """A line for each thing that a user wants to know first."""
     train, method, config = recipe.train, recipe.method, recipe.dataset
+    known = known or look_up(recipe, pictures)
+    expected = known.forecast
     smallest = min(min(picture.width, picture.height) for picture in pictures)
     enlarged = f", the smallest enlarged from {smallest}" if smallest < config.resolution else ""
     often = sorted(_times_seen(recipe, pictures))
     times = f"{often[0]:.3g}" if often[0] == often[-1] else f"{often[0]:.3g} to {often[-1]:.3g}"
+    weight = f"what is outside counts {recipe.dataset.unmasked_weight:g}"
     lines = {
         "method": f"{method.name}: {method.summary}",
         "base": recipe.base.source,
         "pictures": f"{len(pictures)} in {config.where}, trained at {config.resolution} px{enlarged}",
+        "shapes": _shapes(expected.shapes) if config.buckets else "",
+        "masks": f"{expected.masked} of {len(pictures)} pictures have one; {weight}" if expected.masked else "",
         "captions": recipe.fill(pictures[0].captions[0]),
         "steps": f"{train.steps} updates of {train.batch_size} pictures: each is seen {times} times",
-        "prior": _describe(method.prior_half),
+        "prior": _describe(method.prior_half, expected.class_images),
+        "disk": str(expected.disk),
         "output": str(recipe.output.folder),
+        "unchecked": "; ".join(_unchecked(recipe, pictures, known)),
     }
-    unchecked = []
-    if spelling.folder_of(recipe.base) is None:
-        unchecked.append("whether captions fit and the placeholder is a rare word: the base is not on this machine")
+    return {title: text for title, text in lines.items() if text}
+
+
+def _unchecked(recipe: Recipe[Any], pictures: Sequence[Picture], known: Known) -> Iterator[str]:
+    made = known.forecast.class_images
+    if known.speller is None:
+        yield "whether captions fit and the placeholder is a rare word: the base is not on this machine"
+    elif known.speller.unread:
+        yield f"whether captions fit: only the base itself can read its {' and '.join(known.speller.unread)}"
+    if made is not None and made.there is None:
+        yield "how many class images are there already, which goes by the base's weights"
+    if known.forecast.disk.trained is None and recipe.train.checkpoint_every:
+        yield "how large checkpoints are, which --memory works out"
     if len(pictures) > LOOKED_AT:
-        unchecked.append(f"what pictures after the first {LOOKED_AT} show")
-    return lines | ({"unchecked": "; ".join(unchecked)} if unchecked else {})
+        yield f"what pictures after the first {LOOKED_AT} show"
 
 
-def fates(recipe: Recipe[Any], pictures: Sequence[Picture]) -> list[Fate]:
+def fates(recipe: Recipe[Any], pictures: Sequence[Picture], multiple: int) -> list[Fate]:
     """How each picture is scaled, cut, named and drawn."""
     return [
         Fate(
             path=picture.path,
             width=picture.width,
             height=picture.height,
-            trained_at=trained_size(picture.width, picture.height, recipe.dataset),
-            enlarged=enlargement(picture, recipe.dataset),
-            cut_away=cut_away(picture, recipe.dataset),
+            trained_at=trained_size(picture.width, picture.height, recipe.dataset, multiple),
+            enlarged=enlargement(picture, recipe.dataset, multiple),
+            cut_away=cut_away(picture, recipe.dataset, multiple),
             captions=tuple(map(recipe.fill, picture.captions)),
             seen=seen,
         )
@@ -176,14 +211,15 @@ def fates(recipe: Recipe[Any], pictures: Sequence[Picture]) -> list[Fate]:
     ]
 
 
-def find(recipe: Recipe[Any], pictures: Sequence[Picture]) -> list[Finding]:
+def find(recipe: Recipe[Any], pictures: Sequence[Picture], known: Known | None = None) -> list[Finding]:
     """Everything that is wrong and does not make a run impossible, by picture first."""
+    known = known or look_up(recipe, pictures)
     captions = _captions_by_file(recipe, pictures)
-    found = examine(pictures, recipe.dataset)
-    speller = spelling.find_speller(recipe.base)
-    if speller is not None:
-        found += spelling.check(recipe, captions, speller)
-    return [*found, *_unnamed(recipe, captions), *_same(recipe, pictures), *_rhythm(recipe, pictures), *_room(recipe)]
+    found = examine(pictures, recipe.dataset, known.multiple)
+    if known.speller is not None:
+        found += spelling.check(recipe, captions, known.speller)
+    found += [*_unnamed(recipe, captions), *_same(recipe, pictures), *_rhythm(recipe, pictures)]
+    return [*found, *_side(recipe, known.multiple), *_room(recipe, known.forecast.disk)]
 
 
 def warnings(recipe: Recipe[Any], pictures: Sequence[Picture]) -> list[str]:
@@ -236,10 +272,17 @@ def _rhythm(recipe: Recipe[Any], pictures: Sequence[Picture]) -> Iterator[Findin
             yield Finding(code, "train.steps", f"{what}. {wanted} would be train.steps={steps}.")
 
 
-def _room(recipe: Recipe[Any]) -> Iterator[Finding]:
+def _side(recipe: Recipe[Any], multiple: int) -> Iterator[Finding]:
+    resolution = recipe.dataset.resolution
+    if over := resolution % multiple:
+        what = f"{resolution} is not a multiple of {multiple}, which this base needs"
+        yield Finding("resolution", "dataset.resolution", f"{what}. Try {resolution - over or multiple}.", "error")
+
+
+def _room(recipe: Recipe[Any], disk: Disk) -> Iterator[Finding]:
     """Disks that are clearly too small for what is written to them."""
     needed: defaultdict[Path, int] = defaultdict(int)
-    for folder, size in _written(recipe).items():
+    for folder, size in ((recipe.output.folder, disk.output), (cache_folder(), disk.class_images)):
         needed[_existing(folder)] += size
     for folder, size in needed.items():
         free = shutil.disk_usage(folder).free
@@ -249,42 +292,17 @@ def _room(recipe: Recipe[Any]) -> Iterator[Finding]:
             yield Finding("disk", str(folder), f"{what}. {ways}")
 
 
-def _written(recipe: Recipe[Any]) -> dict[Path, int]:
-    """Folder -> bytes, at the least."""
-    train, shown, prior = recipe.train, recipe.validation, recipe.method.prior_half
-    image = BYTES_A_PIXEL * recipe.dataset.resolution**2
-    rounds = 2 + (train.steps // shown.every if shown.every else 0)
-    saved = min(train.steps // train.checkpoint_every, train.keep_checkpoints) if train.checkpoint_every else 0
-    weights = _whole_weights(recipe) * (saved * BYTES_A_WEIGHT + 2 * getattr(recipe.method, "export_checkpoint", False))
-    made = prior.count if prior is not None and prior.source == "images" else 0
-    return {recipe.output.folder: len(shown.prompts) * rounds * image + weights, kept("class-images"): made * image}
-
-
-def _whole_weights(recipe: Recipe[Any]) -> int:
-    """How many there are in a denoiser that is trained as a whole; 0 where it is not, or not on this machine."""
-    folder = spelling.folder_of(recipe.base)
-    if folder is None or getattr(recipe.method, "denoiser", "lora") != "whole":
-        return 0
-    files = [file for part in ("unet", "transformer") for file in (folder / part).glob("*.safetensors")]
-    largest = max((sum(_sizes(file)) for file in files if ".fp16" not in file.name), default=0)
-    return max(largest, sum(sum(_sizes(file)) for file in files if "-of-" in file.name))
-
-
-def _sizes(file: Path) -> Iterator[int]:
-    """The number of weights of each tensor in a safetensors file."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(min(length, 10**8)))
-    yield from (math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
 def _existing(folder: Path) -> Path:
     return next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
 
 
-def _describe(prior: Prior | None) -> str:
+def _describe(prior: Prior | None, made: ClassImages | None) -> str:
     if prior is None:
         return "none"
-    if prior.source == "prediction":
+    if made is None:
         return f"the base's own prediction on {prior.prompt!r}"
-    return f"{prior.count} pictures of {prior.prompt!r}, made by the base unless they are there from an earlier run"
+    return f"{prior.count} pictures of {prior.prompt!r}, {made}"
+
+
+def _shapes(shapes: Mapping[Size, int]) -> str:
+    return ", ".join(f"{width} x {height}: {count}" for (width, height), count in shapes.items())

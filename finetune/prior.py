@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from finetune.dataset import Pictures
 from finetune.dataset.class_images import ClassImages
-from finetune.dataset.storage import kept
 from finetune.errors import UserError, reason
 from finetune.families.base import Family
 from finetune.methods.base import Prior
 from finetune.recipe import Recipe
 from finetune.render import render
+from finetune.request import cache_folder, request_for, sampler_name
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,16 +36,9 @@ def make_prior(recipe: Recipe[Any], family: Family, concept: Pictures, accelerat
 
 def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, accelerator: Accelerator) -> ClassImages:
     """Have the base make those class images that the cache lacks, shared among the processes."""
-    shown = recipe.validation
-    request = ClassImages(
-        prompt=prior.prompt,
-        model=family.fingerprint,
-        sampler=_sampler(family),
-        steps=shown.steps,
-        guidance=shown.guidance,
-        size=recipe.dataset.resolution,
-        seed=recipe.train.seed,
-    )
+    scheduler = family.pipeline.scheduler
+    sampler = sampler_name(type(scheduler).__name__, scheduler.config, str(family.dtype))
+    request = request_for(recipe, prior, family.fingerprint, sampler)
     missing = request.missing(cache_folder(), prior.count)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=len(mine), desc="class images", disable=not (accelerator.is_main_process and mine))
@@ -65,7 +57,7 @@ def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, acceler
 
     try:
         with family.sampling(), bar:
-            request.make(cache_folder(), mine, make, shown.batch_size)
+            request.make(cache_folder(), mine, make, recipe.validation.batch_size)
     except OSError as error:
         raise UserError(
             f"class images: {request.folder(cache_folder())} cannot be written ({reason(error)}). Make room, or set "
@@ -73,14 +65,3 @@ def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, acceler
         ) from None
     accelerator.wait_for_everyone()
     return request
-
-
-def cache_folder() -> Path:
-    return kept("class-images")
-
-
-def _sampler(family: Family) -> str:
-    """All of the sampler that shows in a picture, beside its steps and guidance."""
-    scheduler = family.pipeline.scheduler
-    ending = " to zero SNR" if scheduler.config.get("rescale_betas_zero_snr") else ""
-    return f"{type(scheduler).__name__}{ending} in {family.dtype}"

@@ -13,7 +13,11 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # such pictures are refused with words
+    # Pictures that cannot be used are refused with words of our own.
+    warnings.filterwarnings("ignore", message="Corrupt EXIF data")  # `check` names such pictures
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def quiet_loading() -> None:

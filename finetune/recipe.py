@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from finetune.config import LocalPath, PositiveInt, Section, Strings, build, override, read_tree, to_yaml
+from finetune.config import LocalPath, Place, PositiveInt, Section, Strings, build, override, read_tree, to_yaml
 from finetune.dataset.settings import DatasetConfig
-from finetune.errors import UserError, did_you_mean
+from finetune.errors import UserError, brief, did_you_mean
+from finetune.files import is_file
 from finetune.methods.base import Method, methods
 from finetune.registry import headlines
 from finetune.schedule import TrainConfig
@@ -21,19 +22,20 @@ from finetune.tracking import TrackerName
 M = TypeVar("M", bound=Method)
 RECIPES = Path(__file__).parent.parent / "recipes"
 Precision = Literal["float32", "float16", "bfloat16"]
+HEIRS = 20  # recipes that extend one another
 
 
 class BaseConfig(Section):
     """The frozen model that is taught."""
 
-    source: Annotated[str, AfterValidator(lambda text: str(Path(text).expanduser()) if text[:1] == "~" else text)]
+    source: Place
     """A folder in diffusers' layout, a model of the Hub, or a single-file checkpoint (.safetensors)."""
     revision: str | None = None
-    config: str | None = None
+    config: Place | None = None
     """For a single file: the folder or model of the Hub whose configs and tokenizers it uses, if not the usual one."""
     family: str = "auto"
     """How it is built; `auto` reads it from the checkpoint."""
-    dtype: Precision | Literal["auto"] = "auto"
+    dtype: Literal["float32", "float16", "bfloat16", "auto"] = "auto"
     """Precision of what stays frozen; `auto` is that of train.precision."""
     quantize: Literal["nf4", "int8"] | None = None
     """Keep the denoiser and T5-sized text encoders in 4 or 8 bits a weight, for less memory."""
@@ -139,7 +141,7 @@ class Recipe(Section, Generic[M]):
         local_where = {"base": ("source", "config"), "dataset": ("source",), "method": ("init",)}
         for section, keys in local_where.items():
             for key in keys:
-                is_local = Path.is_file if key == "init" else Path.exists
+                is_local = is_file if key == "init" else Path.exists
                 if tree[section].get(key) is not None and is_local(Path(tree[section][key])):
                     tree[section][key] = str(Path(tree[section][key]).resolve())
         return tree
@@ -159,10 +161,10 @@ def known_families() -> dict[str, str]:
 def find(name: str) -> Path:
     """A recipe's file by its path, or by its name in `recipes/`."""
     for path in (Path(name), RECIPES / f"{name}.yaml"):
-        if path.is_file():
+        if is_file(path):
             return path
     known = [path.stem for path in RECIPES.glob("*.yaml")]
-    raise UserError(f"recipe {name!r}: no such file, and no recipe of that name. {did_you_mean(name, known)}")
+    raise UserError(f"recipe {brief(name)}: no such file, and no recipe of that name. {did_you_mean(name, known)}")
 
 
 class _UnknownMethod(Method):
@@ -203,12 +205,22 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     tree = read_tree(path)
     if "extends" not in tree:
         return tree
-    name = tree.pop("extends")
-    if not isinstance(name, str) or path in heirs:
-        why = "it extends itself" if path in heirs else f"expected the name of a recipe, got {name!r}"
-        raise UserError(f"{path}: extends: {why}")
+    name, heirs = tree.pop("extends"), (*heirs, path.resolve())
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{path}: extends: expected the name of a recipe, got {brief(name)}")
     beside = path.parent / f"{name}.yaml"
-    return _over(_read(beside if beside.is_file() else find(name), (*heirs, path)), tree)
+    below = beside if is_file(beside) else _find_for(path, name)
+    if below.resolve() in heirs or len(heirs) > HEIRS:
+        why = "it extends itself" if below.resolve() in heirs else f"more than {HEIRS} recipes, one over the other"
+        raise UserError(f"{path}: extends: {why}")
+    return _over(_read(below, heirs), tree)
+
+
+def _find_for(heir: Path, name: str) -> Path:
+    try:
+        return find(name)
+    except UserError as error:
+        raise UserError(f"{heir}: extends: {problem}" for problem in error.problems) from None
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +237,7 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _method_of(tree: dict[str, Any]) -> type[Method]:
     section = tree.get("method")
     if section is not None and not isinstance(section, dict):
-        raise UserError(f"method: expected a section, got {section!r}. Write name: below it.")
+        raise UserError(f"method: expected a section, got {brief(section)}. Write name: below it.")
     name = (section or {}).get("name")
     if name is None:
         raise UserError(f"method.name: missing. Known: {', '.join(methods.names())}.")

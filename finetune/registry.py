@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from finetune.errors import UserError, did_you_mean
+from finetune.errors import UserError, brief, did_you_mean
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -49,6 +49,6 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> type[T]:
         if name not in self.names():
-            raise UserError(f"unknown {self.kind} {name!r}. {did_you_mean(name, self.names())}")
+            raise UserError(f"unknown {self.kind} {brief(name)}. {did_you_mean(name, self.names())}")
         importlib.import_module(f"{self.package}.{name}")
         return self._classes[name]

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 
 # What autocast on CUDA does to the functions that these models call (docs.pytorch.org/docs/stable/amp.html).
 LOWERED = {"linear", "conv2d", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
@@ -25,8 +27,20 @@ RAISED |= {"exp", "log", "reciprocal", "sum", "cumsum", "norm", "mse_loss"}
 UNKNOWN = {"item": 1, "__float__": 1.0, "__bool__": True}  # what stands for a value that there is not
 
 
+@dataclass(frozen=True)
+class Work:
+    """What an action asks of a machine."""
+
+    flops: int  # of its products, a multiplication and an addition being two
+    operations: int  # of any size, each of which Python has to start
+
+    def times(self, flops: float, operations: float | None = None) -> Work:
+        """Both by the same factor, unless the other has its own."""
+        return Work(round(self.flops * flops), round(self.operations * (flops if operations is None else operations)))
+
+
 class Ledger(TorchDispatchMode):
-    """Bytes of all tensors on the meta device that are alive, by what they are for.
+    """Bytes of all tensors on the meta device that are alive, by what they are for, and the work that is done.
 
     A storage counts from the operation that makes it until nothing holds it any more, in
     Python or in autograd's graph, so the fullest moment is found and not assumed.
@@ -37,10 +51,14 @@ class Ledger(TorchDispatchMode):
         self.kind = ""  # what is made from now on is for
         self.held: Counter[str] = Counter()
         self.fullest: Counter[str] = Counter()
+        self.flops = self.operations = 0
         self._known: dict[int, tuple[str, int]] = {}  # storage -> what it is for, bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        if (flops := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += flops(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.is_meta and leaf.untyped_storage()._cdata not in self._known:
                 self.book([leaf], self.kind)
@@ -70,6 +88,12 @@ class Ledger(TorchDispatchMode):
         self.fullest = self.held.copy()
         action()
         return self.fullest.total()
+
+    def count(self, action: Callable[[], Any]) -> Work:
+        """What an action asks for."""
+        flops, operations = self.flops, self.operations
+        action()
+        return Work(self.flops - flops, self.operations - operations)
 
 
 def go_back(loss: Tensor) -> None:

@@ -10,28 +10,31 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "finetune"
 LEAVES = {"errors", "quiet"}
 MAY_IMPORT = {
-    "config": set(),
+    "config": {"files"},
     "registry": set(),
     "objectives": set(),
     "tracking": set(),
     "stopping": set(),
     "checkpoint": {"files"},
-    "folder": {"checkpoint", "dataset", "export", "files", "recipe"},
+    "folder": {"checkpoint", "config", "dataset", "export", "files", "recipe"},
     "shortage": {"recipe"},
     "base": {"families", "quantize", "recipe", "render", "shortage"},
     "grid": set(),
-    "dataset": {"config"},
-    "families": {"exact", "files", "objectives", "placeholder", "registry"},
+    "dataset": {"config", "files"},
+    "fingerprint": set(),
+    "families": {"exact", "files", "fingerprint", "objectives", "placeholder", "registry"},
     "cache": set(),
     "batch": {"cache", "dataset", "families"},
     "student": {"batch", "families", "methods"},
+    "capture": {"batch"},
     "lowrank": set(),
-    "variants": {"adapter", "lowrank"},
+    "fused": set(),
+    "variants": {"adapter", "fused", "lowrank"},
     "placeholder": set(),
     "vocabulary": {"adapter", "families", "formats", "placeholder"},
     "exact": set(),
     "export": {"adapter", "batch", "families", "files", "lowrank", "originals", "student", "vocabulary"},
-    "load": {"adapter", "formats", "placeholder"},
+    "load": {"adapter", "formats", "placeholder", "shortage"},
     "files": set(),
     "lycoris": set(),
     "adapter": {"files", "lycoris"},
@@ -64,7 +67,7 @@ MAY_IMPORT = {
     "quantize": {"families"},
     "schedule": {"config", "student"},
     "methods": {"batch", "config", "export", "families", "lowrank", "registry", "student", "variants", "vocabulary"},
-    "trainer": {"batch", "dataset", "schedule", "stopping", "student"},
+    "trainer": {"batch", "capture", "dataset", "schedule", "stopping", "student"},
     "samples": {"dataset", "families", "files", "folder", "grid", "recipe", "render"},
     "delivery": {
         "architectures",
@@ -77,13 +80,18 @@ MAY_IMPORT = {
         "stopping",
         "trainer",
     },
-    "recipe": {"config", "dataset", "methods", "registry", "schedule", "tracking"},
-    "spelling": {"dataset", "recipe"},
-    "plan": {"dataset", "methods", "recipe", "spelling"},
+    "recipe": {"config", "dataset", "files", "methods", "registry", "schedule", "tracking"},
+    "outline": {"recipe"},
+    "spelling": {"dataset", "outline", "recipe"},
+    "request": {"dataset", "fingerprint", "methods", "outline", "recipe"},
+    "tally": {"methods", "outline", "recipe"},
+    "forecast": {"dataset", "outline", "recipe", "request", "tally"},
+    "plan": {"dataset", "forecast", "methods", "outline", "recipe", "request", "spelling"},
     "rehearsal": set(),
     "skeleton": {"families", "files", "recipe"},
+    "duration": {"batch", "forecast", "recipe", "rehearsal"},
     "memory": {"batch", "dataset", "families", "quantize", "recipe", "rehearsal", "skeleton", "trainer"},
-    "prior": {"dataset", "families", "methods", "recipe", "render"},
+    "prior": {"dataset", "families", "methods", "recipe", "render", "request"},
     "card": {"architectures", "export", "files", "recipe"},
     "push": {"card", "config", "files"},
     "bench": {"run", "recipe"},
@@ -127,7 +135,7 @@ def test_no_function_needs_a_scroll_bar_and_no_file_an_afternoon(path: Path):
 
 
 def test_accelerate_and_peft_stay_in_their_rooms():
-    for package, rooms in {"accelerate": {"trainer", "run", "prior"}, "peft": {"variants"}}.items():
+    for package, rooms in {"accelerate": {"trainer", "run", "prior"}, "peft": {"fused", "variants"}}.items():
         users = {
             path.stem
             for path in files()

@@ -448,7 +448,7 @@ SHORT = {"steps": 3, "batch_size": 4, "checkpoint_every": None}
 
 
 def test_memory_that_runs_out_in_a_step_is_told_with_the_settings_that_need_less(write: Any):
-    recipe, folder = write(train=SHORT, dataset={"resolution": 128})
+    recipe, folder = write(train=SHORT, dataset={"resolution": 256})
     victim = Victim("train", recipe, before=gives_back, steps={2: Starves(2**20)})
     assert victim.end() == 2, victim.complaint
     assert "Traceback" not in victim.complaint

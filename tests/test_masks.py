@@ -17,7 +17,7 @@ from tiny import SIZE
 from finetune import cache, run
 from finetune.config import build
 from finetune.dataset import DatasetConfig, Draw, Pictures, scan
-from finetune.dataset.pixels import ORIENTATION
+from finetune.dataset.turning import ORIENTATION
 from finetune.errors import UserError
 from finetune.student import denoising_errors
 
@@ -186,7 +186,7 @@ def lesson(base_folder: Any, output: Path, method: str = "lora", way: Any = "pla
 
 def first_batch(recipe: Any) -> tuple[Any, Any]:
     trainer = run.prepare(recipe).trainer
-    return trainer, trainer._batch(trainer._draw(0), 0)
+    return trainer, trainer._batches(0)[0]
 
 
 @pytest.mark.parametrize("outside", [0.0, 0.25])

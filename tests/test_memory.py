@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 from finetune import cli
 from finetune.config import build
+from finetune.duration import Machine, duration
 from finetune.errors import UserError
 from finetune.families.base import families
+from finetune.forecast import Disk, Forecast
 from finetune.memory import Memory, estimate, table
 from finetune.methods.base import methods
 from finetune.quantize import layers
@@ -61,8 +63,14 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe[Any]]
 
 @pytest.fixture(scope="module")
 def measure(real: Any) -> Callable[..., Memory]:
-    """Estimates of them, each made once."""
-    return cache(lambda *arguments: estimate(real(*arguments)))
+    """Estimates of them with the layers of peft, which is what was measured, each made once."""
+
+    def estimated(*arguments: Any) -> Memory:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("finetune.variants.fuse", lambda _: None)
+            return estimate(real(*arguments))
+
+    return cache(estimated)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +148,43 @@ def test_a_whole_unet_is_within_5_percent_of_what_was_measured(real: Any):
     halves = (memory.weights["vae"] + memory.weights["text_encoder"]) / 2  # the script keeps them in bfloat16
     assert twin == memory.trained
     assert (memory.step - twin + halves) / GIB == pytest.approx(16.6, rel=0.05)
+
+
+# Counted by another program (calflops and formulas), in TFLOP of one picture: a pass, a step of a LoRA, the VAE.
+FLOPS = {("stable_diffusion", 512): (0.803, 1.72, 1.12), ("stable_diffusion_xl", 1024): (6.76, 14.19, 4.88)}
+
+
+@pytest.mark.parametrize("base", FLOPS)
+def test_the_work_of_a_step_is_within_5_percent_of_what_was_counted_elsewhere(base: tuple[str, int], measure: Any):
+    work = measure(*base).work
+    counted = (work["pass"].flops / 2, work["step"].flops, work["picture"].flops)
+    assert [flops / 1e12 for flops in counted] == pytest.approx(FLOPS[base], rel=0.05)
+
+
+H200 = Machine("H200", "cuda", 790e12)
+
+
+@pytest.mark.parametrize(
+    ("family", "resolution", "batch", "eager", "replayed"),
+    [
+        ("stable_diffusion", 512, 1, 167, 25),
+        ("stable_diffusion", 512, 8, 167, 90),
+        ("stable_diffusion_xl", 1024, 1, 439, 102),
+        ("stable_diffusion_xl", 1024, 4, 369, 260),
+    ],
+)
+def test_the_time_of_a_step_is_as_near_to_what_was_measured_as_is_said(
+    family: str, resolution: int, batch: int, eager: int, replayed: int, measure: Any, real: Any
+):
+    """Milliseconds on one H200."""
+    work = dict(measure(family, resolution).work)
+    work["step"] = work["step"].times(batch, 1)  # several pictures are as many operations, each a larger one
+    recipe = real(family, resolution)
+    found = duration(
+        recipe, work, Forecast({(resolution, resolution): 1}, 0, 0.0, None, Disk(0, 0, 0, 0, 0, 0)), 1, H200
+    )
+    assert 1000 * found.phases["steps"] == pytest.approx(eager, rel=0.34)
+    assert found.replayed is not None and 1000 * found.replayed == pytest.approx(replayed, rel=0.17)
 
 
 def test_what_is_trained_and_kept_equals_a_real_step_on_the_cpu(base_folder: Any, tmp_path: Path):
@@ -354,4 +399,5 @@ def test_check_prints_it_when_asked(base_folder: Any, tmp_path: Path, monkeypatc
         monkeypatch.setattr("sys.argv", ["finetune", "check", str(path), *options])
         with pytest.raises(SystemExit):
             cli.main()
-        assert ("GiB" in capsys.readouterr().out) == shown
+        printed = capsys.readouterr().out
+        assert ("GiB" in printed) == ("\ntime " in printed) == ("CPU thread" in printed) == shown

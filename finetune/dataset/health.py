@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from finetune.dataset import buckets, masks, metadata
-from finetune.dataset.pixels import JPEGS, ORIENTATION, SIDEWAYS, SUFFIXES, Size, decode, open_picture, scaled_size
+from finetune.dataset.colors import profile_damage
+from finetune.dataset.pixels import JPEGS, SUFFIXES, Size, decode, open_picture, scaled_size
 from finetune.dataset.scan import CAPTION_SUFFIXES, Picture
 from finetune.dataset.settings import DatasetConfig
+from finetune.dataset.turning import SIDEWAYS, exif_damage, orientation, upright
 
 LOOKED_AT = 500  # pictures of one data set: more would hold up the answer
+MULTIPLE = 8  # of a picture's sides, where the base is not known
 SIDE = 256  # of the small copies, the short one
 
 ENLARGED = 1.5  # times, and more
@@ -74,37 +77,37 @@ class Look:
     sharpness: float | None  # of one that is too small, nothing is said
     waves: int  # 63 bits
     thumb: np.ndarray  # (16, 16), of mean 0 and variance 1
-    turned: str  # how its Exif contradicts its pixels, if it does
+    told: Mapping[str, str]  # code -> what is wrong with what the file says of its pixels
 
 
-def trained_size(width: int, height: int, config: DatasetConfig) -> Size:
-    """The size that a picture is trained at."""
+def trained_size(width: int, height: int, config: DatasetConfig, multiple: int = MULTIPLE) -> Size:
+    """The size that a picture is trained at, on a base that takes sides of that multiple."""
     square = config.resolution, config.resolution
     if not config.buckets:
         return square
-    shapes = _shapes(config.resolution)
+    shapes = _shapes(config.resolution, multiple)
     return min(shapes, key=lambda size: abs(math.log(width / height) - math.log(size[0] / size[1])))
 
 
-def enlargement(picture: Picture, config: DatasetConfig) -> float:
+def enlargement(picture: Picture, config: DatasetConfig, multiple: int = MULTIPLE) -> float:
     """How many times longer its sides become."""
-    size = trained_size(picture.width, picture.height, config)
+    size = trained_size(picture.width, picture.height, config, multiple)
     return max(size[0] / picture.width, size[1] / picture.height)
 
 
-def cut_away(picture: Picture, config: DatasetConfig) -> float:
+def cut_away(picture: Picture, config: DatasetConfig, multiple: int = MULTIPLE) -> float:
     """The share of its area that no crop shows at one time."""
-    width, height = size = trained_size(picture.width, picture.height, config)
+    width, height = size = trained_size(picture.width, picture.height, config, multiple)
     scaled = scaled_size(picture.width, picture.height, size)
     return 1 - width * height / (scaled[0] * scaled[1])
 
 
-def examine(pictures: Sequence[Picture], config: DatasetConfig) -> list[Finding]:
+def examine(pictures: Sequence[Picture], config: DatasetConfig, multiple: int = MULTIPLE) -> list[Finding]:
     """Everything worth a warning, picture by picture, and then what lies beside them unused."""
     looked = pictures[:LOOKED_AT]
     with ThreadPoolExecutor() as pool:
         looks = list(pool.map(lambda picture: look(picture, config.background), looked))
-    found = [finding for picture in pictures for finding in _shape(picture, config)]
+    found = [finding for picture in pictures for finding in _shape(picture, config, multiple)]
     found += [finding for picture, seen in zip(looked, looks, strict=True) for finding in _sight(picture, seen)]
     found += [*_copies(pictures), *_resemblances(looked, looks, config.background), *ignored(pictures, config)]
     place = {picture.path: number for number, picture in enumerate(pictures)}
@@ -114,9 +117,9 @@ def examine(pictures: Sequence[Picture], config: DatasetConfig) -> list[Finding]
 def look(picture: Picture, background: str) -> Look:
     """A small copy's measures."""
     content = Path(picture.path).read_bytes()
-    small, turned = _small(content, background)
+    small, told = _small(content, background)
     gray = np.asarray(small, dtype=np.float32)
-    return Look(float(gray.std()), _sharpness(gray), _waves(small), _thumb(small), turned)
+    return Look(float(gray.std()), _sharpness(gray), _waves(small), _thumb(small), told)
 
 
 def ignored(pictures: Sequence[Picture], config: DatasetConfig) -> Iterator[Finding]:
@@ -139,10 +142,10 @@ def ignored(pictures: Sequence[Picture], config: DatasetConfig) -> Iterator[Find
             )
 
 
-def _shape(picture: Picture, config: DatasetConfig) -> Iterator[Finding]:
-    times, share = enlargement(picture, config), cut_away(picture, config)
+def _shape(picture: Picture, config: DatasetConfig, multiple: int) -> Iterator[Finding]:
+    times, share = enlargement(picture, config, multiple), cut_away(picture, config, multiple)
     size = f"{picture.width} x {picture.height}"
-    wanted = "{} x {}".format(*trained_size(picture.width, picture.height, config))
+    wanted = "{} x {}".format(*trained_size(picture.width, picture.height, config, multiple))
     if times > ENLARGED:
         what = f"is {size} and enlarged {times:.1f} times to {wanted}, which teaches blur. Use a larger one"
         yield Finding("small", picture.path, f"{what}, or lower dataset.resolution.")
@@ -152,8 +155,8 @@ def _shape(picture: Picture, config: DatasetConfig) -> Iterator[Finding]:
 
 
 def _sight(picture: Picture, seen: Look) -> Iterator[Finding]:
-    if seen.turned:
-        yield Finding("turned-twice", picture.path, seen.turned)
+    for code, text in seen.told.items():
+        yield Finding(code, picture.path, text)
     if seen.contrast < CONTRAST:
         yield Finding("uniform", picture.path, "is of one color nearly all over. Remove or replace it.")
     elif seen.sharpness is not None and seen.sharpness < SHARPNESS:
@@ -212,20 +215,31 @@ def _show_the_same(one: Picture, other: Picture, background: str) -> bool:
     return first.tobytes() == second.tobytes()
 
 
-def _small(content: bytes, background: str) -> tuple[Image.Image, str]:
-    """A gray copy that is as shown, and how its Exif contradicts its pixels."""
+def _small(content: bytes, background: str) -> tuple[Image.Image, dict[str, str]]:
+    """A gray copy that is as shown, and what is wrong with what the file says of its pixels."""
     with open_picture(content) as file:
-        turned = _turned_twice(file)
+        told = dict(_misled(file))
         if file.format in JPEGS:
             file.draft("L", (2 * SIDE, 2 * SIDE))  # its own scaling, which takes a tenth of the time
-            image = ImageOps.exif_transpose(file).convert("L")
+            image = upright(file).convert("L")
         else:
             image = decode(content, background).convert("L")
     scale = SIDE / min(image.size)
     if scale < 1:
         size = max(SIDE, round(image.width * scale)), max(SIDE, round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
-    return image, turned
+    return image, told
+
+
+def _misled(file: Image.Image) -> Iterator[tuple[str, str]]:
+    if why := exif_damage(file):
+        what = f"has Exif data that cannot be read ({why}), so it is taken as upright"
+        yield "exif-damaged", f"{what}. If it is not, turn it; saved anew, it has none."
+    elif turned := _turned_twice(file):
+        yield "turned-twice", turned
+    if why := profile_damage(file):
+        what = f"has a color profile that cannot be used ({why}), so its colors are taken as sRGB"
+        yield "profile-damaged", f"{what}. If they look wrong, save it anew in sRGB."
 
 
 def _turned_twice(file: Image.Image) -> str:
@@ -233,10 +247,12 @@ def _turned_twice(file: Image.Image) -> str:
 
     Also if they were made smaller meanwhile; a square says nothing.
     """
-    exif = file.getexif()
-    if exif.get(ORIENTATION) not in SIDEWAYS:
+    if orientation(file) not in SIDEWAYS:
         return ""
-    details: Mapping[int, object] = exif.get_ifd(EXIF)
+    try:
+        details: Mapping[int, object] = file.getexif().get_ifd(EXIF)
+    except Exception:  # damaged further in, which turns nothing
+        return ""
     width, height = details.get(PIXEL_WIDTH), details.get(PIXEL_HEIGHT)
     if not isinstance(width, int) or not isinstance(height, int) or min(width, height) < 1 or width == height:
         return ""
@@ -285,8 +301,8 @@ def _thumb(image: Image.Image) -> np.ndarray:
 
 
 @cache
-def _shapes(resolution: int) -> tuple[Size, ...]:
-    return tuple(buckets.sizes(resolution, 8))
+def _shapes(resolution: int, multiple: int) -> tuple[Size, ...]:
+    return tuple(buckets.sizes(resolution, multiple))
 
 
 def _name(pictures: Sequence[Picture]) -> str:

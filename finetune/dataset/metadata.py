@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.dataset.pixels import SUFFIXES
+from finetune.errors import brief, is_unicode, reason
+from finetune.files import is_file, read_bytes
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_KEYS = ("caption", "text")
+MOST_BYTES, MOST_ROWS, AT_ONCE = 2**28, 2**20, 64  # of a file; and rows of parquet, which unpacks to any size
 Row = tuple[str, Any]  # its place in the file, and a mapping or the ValueError that it is instead
 
 
@@ -32,14 +35,16 @@ def read(folder: Path, column: str | None, problems: list[str]) -> Metadata | No
     Args:
         column: the captions' name, if it is not one of the usual ones.
     """
-    files = [folder / name for name in NAMES if (folder / name).is_file()]
+    files = [folder / name for name in NAMES if is_file(folder / name)]
     if not files:
         return None
     found = Metadata(files[0])
     if len(files) > 1:
         problems.append(f"{folder}: has {' and '.join(file.name for file in files)}. Keep one of them.")
     try:
-        for place, row in _rows(found.file):
+        for number, (place, row) in enumerate(_rows(found.file, column)):
+            if number == MOST_ROWS:
+                raise ValueError(f"has more than {MOST_ROWS:,} rows. Split the folder.")
             try:
                 _add(row, folder, column, found.captions)
             except ValueError as error:
@@ -48,7 +53,7 @@ def read(folder: Path, column: str | None, problems: list[str]) -> Metadata | No
         problems.append(f"{found.file}: is not UTF-8 text. Save it as such.")
         found.readable = False
     except (ValueError, OSError) as error:
-        problems.append(f"{found.file}: {' '.join(str(error).split())}")
+        problems.append(f"{found.file}: {reason(error)}")
         found.readable = False
     return found
 
@@ -66,34 +71,36 @@ def _add(row: Any, folder: Path, column: str | None, captions: dict[Path, str]) 
         raise ValueError('expected {"file_name": ..., "caption": ...}')
     path = _inside(folder, row["file_name"])
     if path in captions:
-        raise ValueError(f"{row['file_name']!r} has a row already. Keep one of them.")
+        raise ValueError(f"{brief(row['file_name'])} has a row already. Keep one of them.")
     caption = row.get(caption_key(row, column) or "")
     captions[path] = caption.strip() if isinstance(caption, str) else ""
     if not captions[path]:
-        raise ValueError(f"no caption for {row['file_name']!r}: fill in {column or CAPTION_KEYS[0]!r}")
+        raise ValueError(f"no caption for {brief(row['file_name'])}: fill in {column or CAPTION_KEYS[0]!r}")
+    if not is_unicode(captions[path]):
+        raise ValueError(f"the caption of {brief(row['file_name'])} has half a character. Write it anew.")
 
 
 def _inside(folder: Path, name: str) -> Path:
     """The picture of that name in the folder or beneath it."""
-    relative, path = PurePosixPath(name), folder / name
+    relative, path, shown = PurePosixPath(name), folder / name, brief(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise ValueError(f"{name!r} lies outside this folder. Copy the picture into it.")
+        raise ValueError(f"{shown} lies outside this folder. Copy the picture into it.")
     try:
         is_picture = path.is_file() and path.suffix.lower() in SUFFIXES
         leads_out = not path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError):  # no name that a file can have
+    except (OSError, ValueError, RuntimeError):  # no name that a file can have, or a link to itself
         is_picture = leads_out = False
     if not is_picture or any(part.startswith(".") for part in relative.parts):
-        raise ValueError(f"{name!r} is not a picture in this folder")
+        raise ValueError(f"{shown} is not a picture in this folder. Correct the name, or remove the row.")
     if leads_out:
-        raise ValueError(f"{name!r} is a link that leads out of this folder. Copy the picture into it.")
+        raise ValueError(f"{shown} is a link that leads out of this folder. Copy the picture into it.")
     return path
 
 
-def _rows(file: Path) -> Iterator[Row]:
+def _rows(file: Path, column: str | None) -> Iterator[Row]:
     if file.suffix == ".parquet":
-        return _parquet_rows(file)
-    text = file.read_text(encoding="utf-8-sig")
+        return _parquet_rows(file, column)
+    text = read_bytes(file, MOST_BYTES).decode("utf-8-sig")
     return _csv_rows(text) if file.suffix == ".csv" else _json_rows(text)
 
 
@@ -104,7 +111,9 @@ def _json_rows(text: str) -> Iterator[Row]:
             try:
                 yield f"line {number}", json.loads(line)
             except ValueError as error:
-                yield f"line {number}", ValueError(f"not valid JSON ({error})")
+                yield f"line {number}", ValueError(f"not valid JSON ({reason(error)})")
+            except RecursionError:
+                yield f"line {number}", ValueError("nested too deeply for JSON of a row")
 
 
 def _csv_rows(text: str) -> Iterator[Row]:
@@ -121,18 +130,20 @@ def _csv_rows(text: str) -> Iterator[Row]:
         raise ValueError(f"line {reader.line_num} is not valid CSV ({error})") from None
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _parquet_rows(file: Path, column: str | None) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(file)
-    except pa.ArrowException as error:
-        raise ValueError(f"cannot be read as parquet ({error})") from None
-    _check_columns(table.column_names)
-    rows: Iterable[Mapping[str, Any]] = table.to_pylist()
-    for number, row in enumerate(rows):
-        yield f"row {number}", row
+        with pq.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            _check_columns(names)
+            wanted = [name for name in dict.fromkeys(("file_name", *CAPTION_KEYS, column)) if name in names]
+            rows = (row for batch in table.iter_batches(AT_ONCE, columns=wanted) for row in batch.to_pylist())
+            for number, row in enumerate(rows):
+                yield f"row {number}", row
+    except (pa.ArrowException, OSError, OverflowError, TypeError) as error:
+        raise ValueError(f"cannot be read as parquet ({reason(error)})") from None
 
 
 def _check_columns(names: Iterable[str]) -> None:

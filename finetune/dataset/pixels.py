@@ -12,6 +12,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageOps
 
+from finetune.dataset.colors import in_srgb
+from finetune.dataset.turning import SIDEWAYS, orientation, upright
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
 Size = tuple[int, int]
 
@@ -20,7 +23,6 @@ Size = tuple[int, int]
 LARGE, ENOUGH = 2**24, 2
 JPEGS = ("JPEG", "MPO")
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")  # what such a file calls itself in its first bytes
-ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # Exif's tag, and its values that swap width and height
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Crop:
 
 
 def decode(content: bytes, background: str, wanted: Size | None = None) -> Image.Image:
-    """An RGB image, turned as the camera meant it, transparency laid on `background`; of an animation, the first frame.
+    """In sRGB, turned as the camera meant it, transparency laid on `background`; of an animation, the first frame.
 
     Args:
         wanted: the size that it will be scaled to; a large JPEG may then be unpacked smaller than it is.
@@ -45,7 +47,7 @@ def decode(content: bytes, background: str, wanted: Size | None = None) -> Image
     with open_picture(content) as file:
         if wanted is not None and file.width * file.height > LARGE:
             _shrink(file, wanted)
-        return _show(file, background)
+        return _show(file, background, file.info.get("icc_profile"))
 
 
 def measure(content: bytes, background: str) -> Size:
@@ -59,22 +61,28 @@ def measure(content: bytes, background: str) -> Size:
 
 def read_mask(content: bytes) -> Image.Image:
     """A picture as a mask (L): white counts, and so do grays in part; what is transparent is black."""
-    return decode(content, "#000000").convert("L")
+    with open_picture(content) as file:
+        return _show(file, "#000000").convert("L")
 
 
 def read_alpha(content: bytes) -> Image.Image | None:
     """How opaque a picture is (L), as shown; None where it is so all over."""
     with open_picture(content) as file:
-        image = _in_eight_bits(ImageOps.exif_transpose(file))
+        image = _in_eight_bits(upright(file))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     return None if alpha is None or alpha.getextrema() == (255, 255) else alpha
+
+
+# What a suffix can mean. Pillow goes by the content and reads more, PostScript for one, which is a program.
+KINDS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
 
 
 def open_picture(content: bytes) -> Image.Image:
     """The file's header; its pixels are unpacked when they are asked for."""
     if content[4:8] == b"ftyp" and any(brand in content[8:64] for brand in HEIC):
         _register_heif()
-    file = Image.open(io.BytesIO(content))
+    Image.init()
+    file = Image.open(io.BytesIO(content), formats=[kind for kind in KINDS if kind in Image.OPEN])
     # Pillow itself only warns up to twice its limit, and filters of warnings are shared by threads.
     if Image.MAX_IMAGE_PIXELS is not None and file.width * file.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{file.width} x {file.height} pixels are more than are safe to unpack; make it smaller")
@@ -99,11 +107,11 @@ def _shrink(file: Image.Image, wanted: Size) -> None:
 def _turned(file: Image.Image, size: Size) -> Size:
     """A size in the JPEG's own rows and columns as it is shown, and back."""
     width, height = size
-    return (height, width) if file.getexif().get(ORIENTATION) in SIDEWAYS else size
+    return (height, width) if orientation(file) in SIDEWAYS else size
 
 
-def _show(file: Image.Image, background: str) -> Image.Image:
-    image = _in_eight_bits(ImageOps.exif_transpose(file))
+def _show(file: Image.Image, background: str, profile: bytes | None = None) -> Image.Image:
+    image = in_srgb(_in_eight_bits(upright(file)), profile)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, background)

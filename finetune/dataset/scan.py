@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 
 from PIL import UnidentifiedImageError
 
 from finetune.dataset import masks, metadata, table
 from finetune.dataset.metadata import Metadata
-from finetune.dataset.pixels import SUFFIXES, measure
+from finetune.dataset.pixels import JPEGS, LARGE, SUFFIXES, measure, open_picture
 from finetune.dataset.settings import DatasetConfig, Folder
-from finetune.errors import UserError
+from finetune.errors import UserError, is_unicode, reason
+from finetune.files import is_file, read_bytes
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+LARGEST = 2**30  # bytes of a picture: more than its pixels may be
+LONGEST = 2**20  # bytes of a caption
+ALONE = Lock()
 
 
 @dataclass(frozen=True)
@@ -69,24 +76,39 @@ def scan(config: DatasetConfig) -> list[Picture]:
 def _check(entry: _Entry, config: DatasetConfig) -> Picture | list[str]:
     """A picture that decodes to its last row and has a mask that fits, or what is wrong with it."""
     path, mask = entry.path, entry.path if config.mask == "alpha" else entry.mask
+    if not is_unicode(str(path)):
+        return [f"{path}: its name is no text. Rename it."]
     try:
-        content = path.read_bytes()
-        size = measure(content, config.background)
+        content = read_bytes(path, LARGEST)
+        with _room(content):
+            size = measure(content, config.background)
     except UnidentifiedImageError:  # its own words name a buffer in memory
         return [f"{path}: cannot be read as a picture (of no known format). Remove or replace it."]
     except Exception as error:  # Pillow raises almost anything on hostile files
-        return [f"{path}: cannot be read as a picture ({error}). Remove or replace it."]
+        return [f"{path}: cannot be read as a picture ({reason(error)}). Remove or replace it."]
     picture = Picture(str(path), _checksum(content), *size, captions=entry.captions, weight=entry.weight)
     if mask is None:
         return picture
     try:
-        content = mask.read_bytes()
-        masked = masks.check(content, size, alpha=config.mask == "alpha")
+        content = read_bytes(mask, LARGEST)
+        with _room(content):
+            masked = masks.check(content, size, alpha=config.mask == "alpha")
     except UnidentifiedImageError:
         return [f"{mask}: is no picture, though its name says that it is a mask. Remove or replace it."]
+    except ValueError as error:  # our own, which says what to do
+        return [f"{mask}: {reason(error)}"]
     except Exception as error:
-        return [f"{mask}: {error}"]
+        return [f"{mask}: cannot be read as a mask ({reason(error)}). Remove or replace it."]
     return replace(picture, mask=str(mask), mask_sha256=_checksum(content)) if masked else picture
+
+
+@contextmanager
+def _room(content: bytes) -> Iterator[None]:
+    """Small pictures side by side, but one large one at a time: the largest takes more than a GiB to unpack."""
+    with open_picture(content) as file:
+        large = file.width * file.height > LARGE and file.format not in JPEGS
+    with ALONE if large else nullcontext():
+        yield
 
 
 def _checksum(content: bytes) -> str:
@@ -101,7 +123,13 @@ def _entries(given: Folder, config: DatasetConfig, problems: list[str]) -> list[
         return []
     named = metadata.read(folder, config.caption_column, problems)
     folders = {folder, *(path.parent for path in (named.captions if named else ()))}
-    files = sorted(path for each in folders for path in each.iterdir() if _is_picture(path))
+    try:
+        files = sorted(path for each in folders for path in each.iterdir() if _is_picture(path))
+    except OSError as error:
+        problems.append(
+            f"dataset.{key}: {error.filename or folder} cannot be read ({reason(error)}). Allow it, or name another."
+        )
+        return []
     paths = [path for path in files if not masks.is_mask(path)]
     if not paths:
         problems.append(f"dataset.{key}: no pictures in {folder}; looked for {', '.join(sorted(SUFFIXES))}")
@@ -119,7 +147,7 @@ def _is_picture(path: Path) -> bool:
 def _captions_of(
     path: Path, named: Metadata | None, templates: tuple[str, ...], problems: list[str]
 ) -> tuple[str, ...]:
-    sources = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES if path.with_suffix(suffix).is_file()]
+    sources = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES if is_file(path.with_suffix(suffix))]
     if named is not None and path in named.captions:
         sources.append(named.file)
     if len(sources) > 1:
@@ -137,9 +165,12 @@ def _captions_of(
 
 def _read_caption(file: Path, problems: list[str]) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig").strip()
+        text = read_bytes(file, LONGEST).decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         problems.append(f"{file}: is not UTF-8 text. Save it as such.")
+        return ""
+    except (OSError, ValueError) as error:
+        problems.append(f"{file}: cannot be read as a caption ({reason(error)}). Mend or replace it.")
         return ""
     if not text:
         problems.append(f"{file}: is empty")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from finetune.config import Fraction, LocalPath, PositiveInt, Section, Strings, Text
+from finetune.config import Fraction, LocalPath, Place, PositiveInt, Section, Strings
 from finetune.errors import UserError
 
 PLACES = ("folder", "folders", "source")
@@ -42,9 +42,7 @@ class DatasetConfig(Section):
         BeforeValidator(lambda value: [_as_section(item) for item in value] if isinstance(value, list) else value),
     ] = ()
     """Several: `[{folder: my-dog, weight: 3}, other-dogs]` draws each picture of the first three times as often."""
-    source: (
-        Annotated[Text, AfterValidator(lambda text: str(Path(text).expanduser()) if text[0] == "~" else text)] | None
-    ) = None
+    source: Place | None = None
     """A data set of the Hub, or a local one that the datasets library reads: a folder or file of parquet or arrow."""
     subset: str | None = None
     """Of the source: which of its configurations."""
@@ -120,8 +118,8 @@ class DatasetConfig(Section):
                 for name in SOURCE_ONLY
                 if getattr(self, name) != type(self).model_fields[name].default
             ]
-        known = [found.folder.resolve() for found in self.folders]
-        twice = sorted({str(found.folder) for found in self.folders if known.count(found.folder.resolve()) > 1})
+        known = Counter(found.folder.resolve() for found in self.folders)
+        twice = sorted({str(found.folder) for found in self.folders if known[found.folder.resolve()] > 1})
         return problems + [f"folders: {folder} is listed twice. Keep one, and give it a weight." for folder in twice]
 
 

@@ -123,8 +123,11 @@ def _as_file(content: Any, folder: Path, number: int) -> Path | None:
     if content.get("bytes") is None:
         path = Path(content.get("path") or "")
         stores = Path(config.HF_CACHE_HOME), Path(config.HF_DATASETS_CACHE)
-        is_kept = any(path.resolve().is_relative_to(store.resolve()) for store in stores)
-        return path if is_kept and path.is_file() else None
+        try:
+            is_kept = any(path.resolve().is_relative_to(store.resolve()) for store in stores)
+            return path if is_kept and path.is_file() else None
+        except (OSError, ValueError, RuntimeError):  # no name that a file can have, or a link to itself
+            return None
     suffix = Path(content.get("path") or "").suffix.lower()
     digest = hashlib.sha256(content["bytes"]).hexdigest()
     path = folder / f"{number:06d}-{digest[:16]}{suffix if suffix in SUFFIXES else ''}"

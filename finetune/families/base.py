@@ -5,11 +5,9 @@ Shapes: B batch, C latent channels, H W latent size, h w pixels, L prompt length
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from finetune.errors import UserError, reason
 from finetune.exact import in_float32
 from finetune.files import read_shapes
+from finetune.fingerprint import fingerprint
 from finetune.objectives import Diffusion, Flow, Objective
 from finetune.placeholder import pool_at_the_end, spell
 from finetune.registry import Registry
@@ -56,14 +55,12 @@ class Prompt:
         columns: Any = {part.name: [getattr(prompt, part.name) for prompt in prompts] for part in fields(cls)}
         return cls(**{name: torch.cat(column) for name, column in columns.items() if column[0] is not None})
 
-    def to(self, device: torch.device | str) -> Prompt:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Prompt:
         parts: Any = {part.name: getattr(self, part.name) for part in fields(self)}
-        return Prompt(**{name: part.to(device) for name, part in parts.items() if part is not None})
+        return Prompt(**{name: change(part) for name, part in parts.items() if part is not None})
 
-    def last(self, count: int) -> Prompt:
-        """The last captions alone."""
-        parts: Any = {part.name: getattr(self, part.name) for part in fields(self)}
-        return Prompt(**{name: part[-count:] for name, part in parts.items() if part is not None})
+    def to(self, device: torch.device | str) -> Prompt:
+        return self.map(lambda part: part.to(device))
 
 
 @dataclass(frozen=True)
@@ -213,6 +210,7 @@ class Family(ABC):
     def to(self, device: torch.device) -> None:
         self.resting = ()
         self.pipeline.to(device)
+        self.objective = self.objective.to(device)
         # Picture by picture the VAE needs a fraction of the memory, and half of the speed on a CPU.
         self.pipeline.vae.use_slicing = device.type == "cuda"
 
@@ -301,17 +299,8 @@ class Family(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash that tells bases apart: the weights' headers and evenly spaced samples of their bytes."""
-        digest = hashlib.sha256(json.dumps(type(self).__name__).encode())
-        root = snapshot(self.source)
-        for file in [root] if root.is_file() else sorted(root.rglob("*.safetensors")):
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                size = stream.seek(0, 2)
-                for offset in range(0, size, max(1 << 16, size // 64)):
-                    stream.seek(offset)
-                    digest.update(stream.read(1 << 16))
-        return digest.hexdigest()[:16]
+        """Short hash that tells bases apart."""
+        return fingerprint(type(self).__name__, snapshot(self.source))
 
 
 def snapshot(source: Source) -> Path:

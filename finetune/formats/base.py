@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from finetune.adapter import AdapterWeights, Content, WordVectors, check_finite, in_precision
-from finetune.errors import UserError
+from finetune.adapter import AdapterWeights, Content, WordVectors, check_finite, in_precision, not_finite
+from finetune.errors import UserError, reason
 from finetune.files import Header, Tensors, read_pickle, read_shapes, read_tensors, whole, write_tensors
 from finetune.registry import Registry
 
 PICKLES = {".pt", ".ckpt", ".bin", ".pth"}
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # all of their numbers float16 has, and torch counts with none
 # What was true of the tensors as another file had them.
 STALE = ("sshs_", "ss_network_", "modelspec.hash_sha256", "modelspec.implementation", "lora_adapter_metadata", "format")
 
@@ -93,8 +94,10 @@ def parse(path: Path, *, allow_pickle: bool = False, architecture: str | None = 
     if name is None:
         raise UserError(f"{path}: {describe_unknown(names)}")
     header = header if architecture is None else {**header, "architecture": architecture}
+    tensors = read_tensors(path) if tensors is None else tensors
+    tensors = {key: value.half() if value.dtype in EIGHT_BITS else value for key, value in tensors.items()}
     try:
-        return name, formats[name].decode(read_tensors(path) if tensors is None else tensors, header, path)
+        return name, formats[name].decode(tensors, header, path)
     except UserError as error:
         raise UserError(f"{path}: {problem}" for problem in error.problems) from None
 
@@ -111,7 +114,7 @@ def write(content: Content, path: Path, to: str, *, dtype: torch.dtype | None = 
     """The file in a format; in the content's own precision unless `dtype` says another.
 
     Raises:
-        UserError: the format cannot hold it, or the file exists.
+        UserError: the format cannot hold it, or the file exists, or may not be written.
     """
     chosen = formats[to]
     if not isinstance(content, chosen.kind):
@@ -120,15 +123,23 @@ def write(content: Content, path: Path, to: str, *, dtype: torch.dtype | None = 
     tensors, header = chosen.encode(content, path)
     dtype = dtype or content.dtype
     tensors = in_precision(tensors, dtype)
-    if path.suffix in PICKLES and (held := chosen.pickled(content, tensors)) is not None:
-        with whole(path, overwrite=overwrite) as unfinished:
-            torch.save(held, unfinished)
-        return path
-    if path.suffix != ".safetensors":
+    infinite = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if infinite and not not_finite(content):
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"{path}: not written, as {infinite[0]} has numbers that are too large for {kind}")
+    held = chosen.pickled(content, tensors) if path.suffix in PICKLES else None
+    if held is None and path.suffix != ".safetensors":
         raise UserError(f"--output {path}: {to} is written as .safetensors")
     known = {"architecture": content.architecture} if content.architecture else {}
     header = {**_kept(content.header), **known, **header, **chosen.seal(tensors)}
-    return write_tensors(tensors, path, header, overwrite=overwrite)
+    try:
+        if held is None:
+            return write_tensors(tensors, path, header, overwrite=overwrite)
+        with whole(path, overwrite=overwrite) as unfinished:
+            torch.save(held, unfinished)
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be written ({reason(error)}). Name another place with --output.") from None
+    return path
 
 
 def _kept(header: Mapping[str, str]) -> Header:

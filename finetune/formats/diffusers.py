@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.adapter import AdapterWeights, Update, by_layer, is_adapter, to_update
 from finetune.architectures import from_header, from_updates
-from finetune.errors import UserError
+from finetune.errors import UserError, brief
 from finetune.files import Header, Tensors
 from finetune.formats.base import Format, formats
 from finetune.formats.kohya import Kohya
@@ -28,6 +28,8 @@ RENAMED = {
     r"(?<!self_attn)\.to_out$": ".to_out.0",
 }
 CONFIG = "lora_adapter_metadata"  # diffusers: peft's configuration of every part, as JSON
+REPEATS, CHOICES = 3, 12  # that a pattern in it may have
+LARGEST = 1e30  # alpha: its square is still a number
 
 
 @formats.register
@@ -103,15 +105,38 @@ def _scaled(layers: Mapping[str, Update], part: str, text: str) -> dict[str, Upd
         config = {
             key.removeprefix(f"{part}."): value for key, value in json.loads(text).items() if key.startswith(f"{part}.")
         }
-        pattern = dict(config.get("alpha_pattern") or {})
-        general = config.get("lora_alpha")
-    except (ValueError, AttributeError, TypeError):
-        raise UserError(f"the header's {CONFIG} is no JSON of a configuration") from None
+        pattern = {_pattern(key): _alpha(value) for key, value in dict(config.get("alpha_pattern") or {}).items()}
+        general = _alpha(config.get("lora_alpha"))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        problems = error.problems if isinstance(error, UserError) else ["is no JSON of a configuration"]
+        raise UserError(f"the header's {CONFIG} {problem}" for problem in problems) from None
     scaled = {}
     for name, update in layers.items():
-        # peft takes a pattern for the end of a name, and the first that fits.
-        alpha = next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), general)
+        alpha = next((value for key, value in pattern.items() if key.match(name)), general)
         ranks = math.sqrt(update.rank) if config.get("use_rslora") else update.rank
-        given = update.scale if alpha is None or update.scale != 1 else float(alpha) / ranks
+        given = update.scale if alpha is None or update.scale != 1 else alpha / ranks
         scaled[name] = replace(update, scale=given)
     return scaled
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """peft takes a pattern for the end of a name, and the first that fits. One from a file must also come to an end.
+
+    Without groups that repeat, the ways to try are few.
+    """
+    try:
+        found = re.compile(rf"(.*\.)?({text})$")
+    except (re.error, RecursionError, OverflowError):
+        raise UserError(f"has {brief(text)}, which is no regular expression") from None
+    endless = re.search(r"\)[*+?{]", text) or len(re.findall(r"[*+?{]", text)) > REPEATS or text.count("|") > CHOICES
+    if endless:
+        raise UserError(f"has {brief(text)}, which is no pattern of layers' names but could take forever to try")
+    return found
+
+
+def _alpha(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        raise UserError(f"has the alpha {brief(value)}, which is no number that a LoRA is scaled by")
+    return float(value)

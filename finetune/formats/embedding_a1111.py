@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,12 @@ class A1111Embedding(Format):
 
     @classmethod
     def pickled(cls, content: WordVectors, tensors: Tensors) -> Any:
+        steps = content.header.get("steps", "")
         return {
             "string_to_token": {"*": STAR},
             "string_to_param": {"*": tensors["emb_params"]},
             "name": content.word,
-            "step": int(content.header.get("steps", 0)),
+            "step": int(steps) if re.fullmatch(r"[0-9]{1,9}", steps) else 0,
             "sd_checkpoint": None,
             "sd_checkpoint_name": None,
         }

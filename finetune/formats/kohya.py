@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from finetune.adapter import AdapterWeights, Update, by_layer, is_adapter, to_update
 from finetune.architectures import ARCHITECTURES, from_header, from_names, from_updates
 from finetune.errors import UserError
-from finetune.files import Header, Tensors
+from finetune.files import MOST_TENSORS, Header, Tensors
 from finetune.formats.base import Format, formats
 from finetune.originals import FLUX, SD3, TABLES, Z_IMAGE, dotted, in_diffusers, originals, split
 
@@ -127,6 +128,7 @@ def _renamed(names: Mapping[str, Any]) -> dict[str, Any]:
     return {_rename(name): value for name, value in names.items()}
 
 
+@lru_cache(MOST_TENSORS)
 def _rename(name: str) -> str:
     for pattern, other in RENAMED.items():
         name = re.sub(pattern, other, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -75,6 +76,12 @@ class LoRA(Method):
             problems.append(f"dropout: with variant: {self.variant} it {why}. Remove one of them.")
         if self.factor != type(self).model_fields["factor"].default and self.variant != "lokr":
             problems.append("factor: is for variant: lokr. Remove it.")
+        for setting in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, setting):
+                try:
+                    re.compile(pattern)
+                except (re.error, RecursionError, OverflowError) as error:
+                    problems.append(f"{setting}: {pattern!r} is no regular expression: {error}")
         return problems
 
     @property
@@ -96,14 +103,30 @@ class LoRA(Method):
         from finetune.student import Group
         from finetune.variants import inject
 
-        settings = self._settings()
-        trained = inject(family.denoiser, self._layers(family), self.variant, settings)
-        groups = [Group(family.denoiser_name, trained, learning_rate)]
+        layers = {family.denoiser_name: self._layers(family)}
         for name in self.trained_text_encoders(family):
-            part = getattr(family.pipeline, name)
-            trained = inject(part, layers_named(part, family.text_attention), self.variant, settings)
-            groups.append(Group(name, trained, self.text_encoder_learning_rate or learning_rate))
+            layers[name] = layers_named(getattr(family.pipeline, name), family.text_attention)
+        settings = self._settings()
+        self._check_patterns([name for names in layers.values() for name in names])
+        groups = []
+        for name, targets in layers.items():
+            trained = inject(getattr(family.pipeline, name), targets, self.variant, settings)
+            rate = None if name == family.denoiser_name else self.text_encoder_learning_rate
+            groups.append(Group(name, trained, rate or learning_rate))
         return groups
+
+    def _check_patterns(self, layers: list[str]) -> None:
+        """Raises: UserError, for a pattern without an effect."""
+        from finetune.variants import in_block
+
+        lost = [
+            f"method.{setting}: {pattern!r} names no layer that is trained, and nothing that one is in"
+            for setting in ("rank_pattern", "alpha_pattern")
+            for pattern in getattr(self, setting)
+            if not any(re.fullmatch(rf"(.*\.)?{in_block(pattern)}", name) for name in layers)
+        ]
+        if lost:
+            raise UserError(lost)
 
     def trained_text_encoders(self, family: Family) -> list[str]:
         """The text encoders that are asked for.
