@@ -11,10 +11,11 @@ def fingerprint(kind: str, root: Path) -> str:
     """Short hash of a family's class name, and of the weights' headers and evenly spaced samples of their bytes.
 
     Args:
-        root: a folder with safetensors files in it, or one such file.
+        root: a folder in diffusers' layout, of which the parts' own files count and nothing beside or below them, or
+            one file.
     """
     digest = hashlib.sha256(json.dumps(kind).encode())
-    for file in [root] if root.is_file() else sorted(root.rglob("*.safetensors")):
+    for file in [root] if root.is_file() else sorted(root.glob("*/*.safetensors")):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             size = stream.seek(0, 2)

@@ -144,7 +144,7 @@ class Run:
         """What the user should know before the time is spent."""
         captions = sorted({self.recipe.fill(text) for picture in self.pictures for text in picture.captions})
         cut = self.family.too_long([*captions, *self.prompts])
-        return [f"the end of this caption does not fit into the text encoder: {text}" for text in cut]
+        return [f"the end of this caption is read by no text encoder: {text}" for text in cut]
 
     def loop(self) -> None:
         """Train to the end.

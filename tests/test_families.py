@@ -215,6 +215,7 @@ def test_prediction_type_is_read_from_the_checkpoint(base_folder: Any):
 def test_the_fingerprint_follows_the_weights(base_folder: Any, tmp_path: Path):
     pipeline = tiny.stable_diffusion()
     pipeline.save_pretrained(tmp_path / "same")
+    pipeline.unet.save_pretrained(tmp_path / "same" / "companions" / "another")
     pipeline.unet.conv_out.bias.data[0] += 1
     pipeline.save_pretrained(tmp_path / "other")
     prints = [

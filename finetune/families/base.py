@@ -236,12 +236,12 @@ class Family(ABC):
         return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
 
     def too_long(self, captions: Sequence[str]) -> list[str]:
-        """Those whose end `tokenize` cuts off."""
+        """Those whose end no text encoder reads."""
         tokenizers = {encoder: getattr(self.pipeline, name) for encoder, name in self.text_encoders.items()}
         return [
             caption
             for caption in captions
-            if any(
+            if all(
                 len(tokenizer(self._write(caption, tokenizer)).input_ids) > self._length(encoder, tokenizer)
                 for encoder, tokenizer in tokenizers.items()
             )
