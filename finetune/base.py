@@ -13,6 +13,7 @@ from finetune.quiet import quiet_loading
 from finetune.recipe import Recipe, known_families
 from finetune.render import use_ddim
 from finetune.shortage import is_out_of_memory
+from finetune.skeleton import build
 
 
 def load_family(recipe: Recipe[Any]) -> Family:
@@ -41,6 +42,22 @@ def load_family(recipe: Recipe[Any]) -> Family:
         if source.is_single_file and source.config is None:
             hint = " Without the Hub, set base.config to a folder in diffusers' layout of the same architecture."
         raise UserError(f"base.source: {source.path} cannot be loaded: {reason(error)}{hint}") from error
+    return _made_ready(recipe, family)
+
+
+def make_family(recipe: Recipe[Any], device: torch.device) -> Family:
+    """The recipe's base from its configs alone, with random weights: as fast as the real one, and as large.
+
+    Raises:
+        UserError: its configs cannot be had, no family is made for it, or the objective does not fit it.
+    """
+    quiet_loading()
+    family = build(recipe, _dtype(recipe), device)
+    family.fingerprint = f"random weights of {recipe.base.source}"  # not to be taken for the real one's class images
+    return _made_ready(recipe, family)
+
+
+def _made_ready(recipe: Recipe[Any], family: Family) -> Family:
     _check_size(recipe, family)
     if recipe.base.quantize is not None:
         quantize(family, recipe.base.quantize)

@@ -18,6 +18,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import run
+from finetune.base import make_family
+from finetune.families.base import Family
 from finetune.recipe import Recipe
 
 WARM_UP = 3  # steps that fill caches and choose kernels, not counted
@@ -43,14 +45,20 @@ class Timing:
     peak_gib: float  # of the process, or what torch took of the GPU
 
 
-def measure(recipe: Recipe[Any], steps: int, setting: str = "") -> Timing:
-    """Train `steps` counted updates in a folder that is thrown away, and draw the validation prompts once."""
+def measure(recipe: Recipe[Any], steps: int, setting: str = "", *, random: bool = False) -> Timing:
+    """Train `steps` counted updates in a folder that is thrown away, and draw the validation prompts once.
+
+    Args:
+        setting: what was changed in the recipe, in words.
+        random: whether the base is made from its configs alone.
+    """
     _forget()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         train = recipe.train.model_copy(update={"steps": WARM_UP + steps, "warmup": 0})
         output = recipe.output.model_copy(update={"folder": Path(folder) / "run"})
-        at_work = run.prepare(recipe.model_copy(update={"train": train, "output": output}))
+        changed = recipe.model_copy(update={"train": train, "output": output})
+        at_work = run.prepare(changed, load=_random if random else None)
         at_work.trainer.encode()
         reports = at_work.trainer.steps()
         with FlopCounterMode(display=False) as counted:
@@ -81,6 +89,10 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _random(recipe: Recipe[Any]) -> Family:
+    return make_family(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _forget() -> None:

@@ -183,6 +183,7 @@ def bench(
         list[str] | None,
         typer.Option("--set", metavar="'KEY=VALUE ...'", help="Time each with this; once for each --set."),
     ] = None,
+    random: Annotated[bool, typer.Option("--random", help="With bases made of their configs alone.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Counted updates of each.")] = 20,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
@@ -193,7 +194,7 @@ def bench(
 
     from finetune import bench
 
-    timings = [bench.measure(recipe, steps, text) for recipe, text in loaded]
+    timings = [bench.measure(recipe, steps, text, random=random) for recipe, text in loaded]
     print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), bench.table(timings), sep="\n")
     if output is not None:
         figures = {"machine": bench.machine(), "timings": [asdict(timing) for timing in timings]}

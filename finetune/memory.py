@@ -94,7 +94,7 @@ def estimate(recipe: Recipe[Any], captions: Sequence[str] = ()) -> Memory:
     Raises:
         UserError: the base's configs cannot be had, or the method or objective does not fit it.
     """
-    family = build(recipe, _dtype(recipe))
+    family = build(recipe, _dtype(recipe), torch.device("meta"))
     caption = recipe.fill(max([*recipe.dataset.captions, *captions, "{}"], key=len))
     family.pipeline.vae.use_slicing = True  # as on every GPU
     ledger, gpu = Ledger(), LikeGpu(AUTOCAST[recipe.train.precision], _length(family, caption))

@@ -44,8 +44,19 @@ def train(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = False)
     return run.finish()
 
 
-def prepare(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = False, stop: Stop | None = None) -> Run:
-    """Everything before the first step: data checked, base loaded, class images made, checkpoint read."""
+def prepare(
+    recipe: Recipe[Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop: Stop | None = None,
+    load: Callable[[Recipe[Any]], Family] | None = None,
+) -> Run:
+    """Everything before the first step: data checked, base loaded, class images made, checkpoint read.
+
+    Args:
+        load: what gives the base; default: `load_family`.
+    """
     stop = stop or Stop()
     pictures = check(recipe)
     # Accelerate keeps its state for the process; each recipe has a precision of its own.
@@ -58,7 +69,7 @@ def prepare(recipe: Recipe[Any], *, resume: bool = False, overwrite: bool = Fals
             found = folder.newest() if resume else None
             torch.manual_seed(recipe.train.seed)
             with explained(recipe, "loading the base", "else"):
-                family = load_family(recipe)
+                family = (load or load_family)(recipe)
                 family.to(accelerator.device)
             if found is not None:
                 folder.check_base(found, family.fingerprint)

@@ -1,4 +1,4 @@
-"""A base without its weights: every part from its config alone, on the meta device."""
+"""A base without its weights: every part from its config alone, in shapes or with random weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from finetune.recipe import Recipe, known_families
 CONFIGS = ["*.json", "*.txt", "*.model", "*.jinja"]  # what is downloaded of a model of the Hub
 
 
-def build(recipe: Recipe[Any], dtype: torch.dtype) -> Family:
-    """The recipe's base as one of the families, in shapes.
+def build(recipe: Recipe[Any], dtype: torch.dtype, device: torch.device) -> Family:
+    """The recipe's base as one of the families.
 
     Args:
         dtype: of its weights.
+        device: meta for shapes alone; elsewhere weights are what a new model has.
 
     Raises:
         UserError: its configs cannot be had, no family is made for it, or the objective does not fit it.
@@ -33,14 +34,14 @@ def build(recipe: Recipe[Any], dtype: torch.dtype) -> Family:
         raise UserError(f"base.source: {source.path} is a {name}, which no family here is made for")
     kind = families[name]
     try:
-        pipeline = _pipeline(kind, _folder(source), dtype)
+        pipeline = _pipeline(kind, _folder(source), dtype, device)
     except Exception as error:  # configs fail in as many ways as there are files
         reason = " ".join(str(error).split())
         raise UserError(f"base.source: the configs of {source.path} cannot be had: {reason}") from error
     objective = kind.objective_class.from_scheduler(
         pipeline.scheduler.config, min_snr_gamma=train.min_snr_gamma, zero_terminal_snr=train.zero_terminal_snr
     )
-    return kind(pipeline, objective.to(torch.device("meta")), source)
+    return kind(pipeline, objective.to(device), source)
 
 
 def _folder(source: Source) -> Path:
@@ -63,31 +64,36 @@ def _usual_config(file: str) -> str:
     return found["pretrained_model_name_or_path"]
 
 
-def _pipeline(kind: type[Family], folder: Path, dtype: torch.dtype) -> Any:
+def _pipeline(kind: type[Family], folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     import diffusers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     index: Any = DiffusionPipeline.load_config(str(folder))
     parts = {
-        name: _part(folder / name, entry[0], entry[1], dtype)
+        name: _part(folder / name, entry[0], entry[1], dtype, device)
         for name, entry in index.items()
         if isinstance(entry, list | tuple) and name not in kind.without
     }
     return getattr(diffusers, kind.pipeline_class)(**parts, **kind.without)
 
 
-def _part(folder: Path, library: str | None, name: str | None, dtype: torch.dtype) -> Any:
+def _part(folder: Path, library: str | None, name: str | None, dtype: torch.dtype, device: torch.device) -> Any:
     if library is None or name is None:
         return None
     kind = getattr(importlib.import_module(library), name)
     if not issubclass(kind, nn.Module):
         return kind.from_pretrained(folder)
     model: Any = kind
-    with torch.device("meta"):
-        if library == "diffusers":
-            part = model.from_config(model.load_config(folder))
-        else:
-            part = model(model.config_class.from_pretrained(folder))
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # there may be no room for all of it in float32
+    try:
+        with device:
+            if library == "diffusers":
+                part = model.from_config(model.load_config(folder))
+            else:
+                part = model(model.config_class.from_pretrained(folder))
+    finally:
+        torch.set_default_dtype(usual)
     part.to(dtype)
     for layer, module in part.named_modules() if dtype == torch.float16 else ():
         if layer.rpartition(".")[2] in (part._keep_in_fp32_modules or ()):  # in T5 they would overflow

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "checkpoint": {"files"},
     "folder": {"checkpoint", "config", "dataset", "export", "files", "recipe"},
     "shortage": {"recipe"},
-    "base": {"families", "quantize", "recipe", "render", "shortage"},
+    "base": {"families", "quantize", "recipe", "render", "shortage", "skeleton"},
     "grid": set(),
     "dataset": {"config", "files"},
     "fingerprint": set(),
@@ -94,7 +94,7 @@ MAY_IMPORT = {
     "prior": {"dataset", "families", "methods", "recipe", "render", "request"},
     "card": {"architectures", "export", "files", "recipe"},
     "push": {"card", "config", "files"},
-    "bench": {"run", "recipe"},
+    "bench": {"base", "families", "recipe", "run"},
     "run": None,  # the wiring
     "cli": None,
     "__main__": None,

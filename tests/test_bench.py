@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lessons
+import pytest
+import tiny
 from typer.testing import CliRunner
 
 from finetune.bench import machine, measure, table
 from finetune.cli import app
+from finetune.errors import UserError
+from finetune.plan import survey
 
 
 def test_a_recipe_is_timed_without_leaving_anything_behind(base_folder: Any, tmp_path: Path):
@@ -35,3 +40,22 @@ def test_a_recipe_is_timed_once_for_each_setting(base_folder: Any, tmp_path: Pat
     assert [(timing["setting"], timing["batch"]) for timing in timings] == [(settings[0], 1), (settings[1], 2)]
     assert 1.9 < timings[1]["tflop"] / timings[0]["tflop"] < 2.1
     assert all(text in result.output for text in settings)
+
+
+@pytest.mark.parametrize("family", tiny.BASES)
+def test_a_base_of_configs_alone_is_timed_with_random_weights(family: str, base_folder: Any, tmp_path: Path):
+    base = shutil.copytree(base_folder(family), tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors*"))
+    settings = {"rank": 2, "class_prompt": "a thing", "num_class_images": 2}
+    recipe = lessons.recipe(base, tmp_path, "dreambooth", settings, train={"precision": "bf16"})
+    real = lessons.recipe(base_folder(family), tmp_path, "dreambooth", settings, train={"precision": "bf16"})
+    timing = measure(recipe, steps=1, random=True)
+    assert timing.tflop == measure(real, steps=1).tflop > 0
+    with pytest.raises(UserError):
+        measure(recipe, steps=1)
+
+
+def test_class_images_of_random_weights_are_not_taken_for_those_of_the_base(base_folder: Any, tmp_path: Path):
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "dreambooth", "images")
+    measure(recipe, steps=1, random=True)
+    made = survey(recipe).forecast.class_images
+    assert made is not None and made.there == 0
