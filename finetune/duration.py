@@ -19,7 +19,7 @@ from finetune.recipe import Recipe
 from finetune.rehearsal import Work
 
 # Fitted: of an H200 to steps of the real Stable Diffusion 1.5 and XL, seven of which are -24 to +34 % off and four that
-# were replayed as CUDA graphs 17 % at most; of two cores of a Xeon to five recipes of `make bench`, 5 % off at most.
+# were replayed as CUDA graphs 17 % at most; of two cores of a Xeon to five recipes of `make bench`, 3 % off at most.
 SHARE = {"cuda": 0.3, "cpu": 0.61}  # of the product's speed, in models
 STARTING = {"cuda": 13e-6, "cpu": 20e-6}  # seconds of an operation that computes nothing
 REPLAYING = 1.5e-6  # likewise, where steps are recorded as CUDA graphs
