@@ -23,7 +23,7 @@ def load_family(recipe: Recipe[Any]) -> Family:
         UserError: no family is made for it, or the objective does not fit it.
     """
     quiet_loading()
-    source = Source(recipe.base.source, recipe.base.revision, _dtype(recipe), recipe.base.config)
+    source = Source(recipe.base.source, recipe.base.revision, getattr(torch, recipe.frozen_dtype), recipe.base.config)
     name = recipe.base.family if recipe.base.family != "auto" else detect(source)
     if name not in known_families():
         raise UserError(f"base.source: {source.path} is a {name}, which no family here is made for")
@@ -52,7 +52,7 @@ def make_family(recipe: Recipe[Any], device: torch.device) -> Family:
         UserError: its configs cannot be had, no family is made for it, or the objective does not fit it.
     """
     quiet_loading()
-    family = build(recipe, _dtype(recipe), device)
+    family = build(recipe, device)
     family.fingerprint = f"random weights of {recipe.base.source}"  # not to be taken for the real one's class images
     return _made_ready(recipe, family)
 
@@ -63,11 +63,6 @@ def _made_ready(recipe: Recipe[Any], family: Family) -> Family:
         quantize(family, recipe.base.quantize)
     use_ddim(family.pipeline, zero_terminal_snr=recipe.train.zero_terminal_snr)
     return family
-
-
-def _dtype(recipe: Recipe[Any]) -> torch.dtype:
-    mixed = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[recipe.train.precision]
-    return getattr(torch, mixed if recipe.base.dtype == "auto" else recipe.base.dtype)
 
 
 def _check_size(recipe: Recipe[Any], family: Family) -> None:

@@ -25,7 +25,6 @@ STARTING = {"cuda": 13e-6, "cpu": 20e-6}  # seconds of an operation that compute
 REPLAYING = 1.5e-6  # likewise, where steps are recorded as CUDA graphs
 SIDES = {"cuda": 8192, "cpu": 768}  # of the matrices
 TRIES = {"cuda": 10, "cpu": 60}  # the fastest counts: others may be at work on the machine meanwhile
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def duration(
         captions: how many there are.
         machine: default: this one.
     """
-    machine = machine or here(PRECISIONS[recipe.train.precision])
+    machine = machine or here(getattr(torch, recipe.train.computes))
     shown, made, steps = recipe.validation, expected.class_images, recipe.train.steps
     missing = 0 if made is None else made.wanted - (made.there or 0)
     rounds = num_rounds(recipe) + recipe.method.export_is_lossy

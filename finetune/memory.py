@@ -24,7 +24,6 @@ from finetune.skeleton import build
 from finetune.trainer import Trainer
 
 BITS = {"nf4": 4.127, "int8": 8.0}  # of a packed weight; nf4's scales are packed as well (2305.14314, section 3)
-AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXTS = {
     "trained": "the weights that are trained, in float32",
     "optimizer": "its state",
@@ -94,10 +93,11 @@ def estimate(recipe: Recipe[Any], captions: Sequence[str] = ()) -> Memory:
     Raises:
         UserError: the base's configs cannot be had, or the method or objective does not fit it.
     """
-    family = build(recipe, _dtype(recipe), torch.device("meta"))
+    family = build(recipe, torch.device("meta"))
     caption = recipe.fill(max([*recipe.dataset.captions, *captions, "{}"], key=len))
     family.pipeline.vae.use_slicing = True  # as on every GPU
-    ledger, gpu = Ledger(), LikeGpu(AUTOCAST[recipe.train.precision], _length(family, caption))
+    autocast = None if recipe.train.precision == "no" else getattr(torch, recipe.train.computes)
+    ledger, gpu = Ledger(), LikeGpu(autocast, _length(family, caption))
     with ledger, gpu:
         _book_weights(recipe, family, ledger)
         trainer = _trainer(recipe, family, ledger)
@@ -114,13 +114,6 @@ def estimate(recipe: Recipe[Any], captions: Sequence[str] = ()) -> Memory:
     resting = ("vae", *(() if recipe.method.trains_text else family.text_encoders))
     kinds = ("trained", "optimizer", "average", "activations", "gradients", "transient")
     return Memory(weights, resting, **{kind: fullest[kind] for kind in kinds}, others=others, work=work)
-
-
-def _dtype(recipe: Recipe[Any]) -> torch.dtype:
-    """Of what is frozen."""
-    if recipe.base.dtype != "auto":
-        return getattr(torch, recipe.base.dtype)
-    return AUTOCAST[recipe.train.precision] or torch.float32
 
 
 def _book_weights(recipe: Recipe[Any], family: Family, ledger: Ledger) -> None:

@@ -125,6 +125,11 @@ class Recipe(Section, Generic[M]):
             if rate != self.train.learning_rate
         ]
 
+    @property
+    def frozen_dtype(self) -> str:
+        """What the base's weights are kept in, by torch's name for it."""
+        return self.train.computes if self.base.dtype == "auto" else self.base.dtype
+
     def has_placeholder(self, caption: str) -> bool:
         word = rf"(?<!\w){re.escape(self.placeholder)}(?!\w)"
         return "{}" in caption or re.search(word, caption) is not None

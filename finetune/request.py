@@ -13,8 +13,6 @@ from finetune.methods.base import Prior
 from finetune.outline import Outline
 from finetune.recipe import Recipe
 
-PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
 
 def cache_folder() -> Path:
     return kept("class-images")
@@ -45,8 +43,6 @@ def foreseen(recipe: Recipe[Any], prior: Prior, base: Outline) -> ClassImages:
     if "FlowMatch" not in kind:
         kind = "DDIMScheduler"
         config |= {"rescale_betas_zero_snr": True} if recipe.train.zero_terminal_snr else {}
-    wanted = recipe.base.dtype
-    dtype = PRECISIONS[recipe.train.precision] if wanted == "auto" else wanted
     return request_for(
-        recipe, prior, fingerprint(base.kind, base.weights), sampler_name(kind, config, f"torch.{dtype}")
+        recipe, prior, fingerprint(base.kind, base.weights), sampler_name(kind, config, f"torch.{recipe.frozen_dtype}")
     )

@@ -57,6 +57,11 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
 
+    @property
+    def computes(self) -> str:
+        """What a step computes in, by torch's name for it."""
+        return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.precision]
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         problems = []

@@ -17,17 +17,16 @@ from finetune.recipe import Recipe, known_families
 CONFIGS = ["*.json", "*.txt", "*.model", "*.jinja"]  # what is downloaded of a model of the Hub
 
 
-def build(recipe: Recipe[Any], dtype: torch.dtype, device: torch.device) -> Family:
+def build(recipe: Recipe[Any], device: torch.device) -> Family:
     """The recipe's base as one of the families.
 
     Args:
-        dtype: of its weights.
         device: meta for shapes alone; elsewhere weights are what a new model has.
 
     Raises:
         UserError: its configs cannot be had, no family is made for it, or the objective does not fit it.
     """
-    train, base = recipe.train, recipe.base
+    train, base, dtype = recipe.train, recipe.base, getattr(torch, recipe.frozen_dtype)
     source = Source(base.source, base.revision, dtype, base.config)
     name = base.family if base.family != "auto" else detect(source)
     if name not in known_families():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +82,16 @@ def recipe(
     for section, values in sections.items():
         tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
     return build(Recipe[methods[method]], tree)
+
+
+def train_on_two(recipe: Path) -> subprocess.CompletedProcess[str]:
+    """A recipe's file trained by two processes, each on a core of its own."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    return subprocess.run(
+        [*launcher, "-m", "finetune", "train", str(recipe)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+    )

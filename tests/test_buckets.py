@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -277,14 +274,7 @@ def test_two_processes_see_the_buckets_of_one(base_folder: Any, tmp_path: Path):
     at_work.loop()
     alone = [json.loads(line) for line in (at_work.folder / "metrics.jsonl").read_text().splitlines()]
     (tmp_path / "recipe.yaml").write_text(recipes[1].to_yaml())
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "finetune", "train", str(tmp_path / "recipe.yaml")],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    done = lessons.train_on_two(tmp_path / "recipe.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     together = [json.loads(line) for line in (tmp_path / "two/run/metrics.jsonl").read_text().splitlines()]
     for one, two in zip(alone, together, strict=True):

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +138,7 @@ def test_two_processes_see_the_samples_of_one_and_learn_the_same(base_folder: An
     alone.loop()
     alone.finish()
     (tmp_path / "recipe.yaml").write_text(recipes[2].to_yaml())
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "finetune", "train", str(tmp_path / "recipe.yaml")],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    done = lessons.train_on_two(tmp_path / "recipe.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x " in done.stdout
     together = [json.loads(line) for line in (tmp_path / "2/run/metrics.jsonl").read_text().splitlines()]
