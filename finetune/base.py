@@ -66,10 +66,5 @@ def _made_ready(recipe: Recipe[Any], family: Family) -> Family:
 
 
 def _check_size(recipe: Recipe[Any], family: Family) -> None:
-    multiple = family.pipeline.vae_scale_factor * family.size_multiple
-    if over := recipe.dataset.resolution % multiple:
-        lower = recipe.dataset.resolution - over
-        raise UserError(
-            f"dataset.resolution: {recipe.dataset.resolution} is not a multiple of {multiple}, which this base needs. "
-            f"Try {lower or multiple}."
-        )
+    if why := recipe.dataset.misfit(family.pipeline.vae_scale_factor * family.size_multiple):
+        raise UserError(f"dataset.resolution: {why}")

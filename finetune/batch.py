@@ -84,7 +84,7 @@ class Encoder:
         self.unmasked_weight = unmasked_weight
         self.complete = False  # whether no draw needs a file or an encoder any more
         self.cell = family.pipeline.vae_scale_factor
-        self.posteriors = Cache(self._encode_pictures, _num_bytes, _group(size), lambda draw: draw.crop.size)
+        self.posteriors = Cache(self._encode_pictures, _num_bytes, pictures_at_once(size), lambda draw: draw.crop.size)
         self.masks = Cache(self._read_masks, lambda mask: mask.nbytes, PICTURES_AT_ONCE)
         self.prompts = Cache(self._encode_captions, _num_bytes, 1)
 
@@ -154,8 +154,8 @@ class Encoder:
         return Prompt.join([known[caption] for caption in captions]).to(self.family.device)
 
 
-def _group(size: int) -> int:
-    """Pictures that are encoded at once."""
+def pictures_at_once(size: int) -> int:
+    """How many of `size` x `size` pixels are encoded together."""
     return min(PICTURES_AT_ONCE, max(1, PIXELS_AT_ONCE // size**2))
 
 

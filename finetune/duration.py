@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from finetune.batch import PICTURES_AT_ONCE, PIXELS_AT_ONCE
+from finetune.batch import pictures_at_once
 from finetune.forecast import Forecast, num_rounds
 from finetune.recipe import Recipe
 from finetune.rehearsal import Work
@@ -141,6 +141,6 @@ def _encoded(recipe: Recipe[Any], expected: Forecast, captions: int) -> tuple[in
     others = 0
     if prior is not None:
         others = min(draws, prior.count) if prior.source == "images" else draws * random
-    group = min(PICTURES_AT_ONCE, max(1, PIXELS_AT_ONCE // config.resolution**2))
+    group = pictures_at_once(config.resolution)
     texts = 0 if recipe.method.trains_text else (draws if config.shuffle_tags else captions) + (prior is not None)
     return math.ceil((concept + others) / group) * group, texts

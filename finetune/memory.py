@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from finetune.batch import PICTURES_AT_ONCE, PIXELS_AT_ONCE, Batch
+from finetune.batch import Batch, pictures_at_once
 from finetune.dataset import Pictures
 from finetune.families.base import Family, Prompt
 from finetune.quantize import layers
@@ -202,8 +202,7 @@ def _go_through(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) ->
 @torch.no_grad()
 def _encode(recipe: Recipe[Any], family: Family, caption: str, ledger: Ledger, work: dict[str, Work]) -> None:
     size = recipe.dataset.resolution
-    group = min(PICTURES_AT_ONCE, max(1, PIXELS_AT_ONCE // size**2))
-    pixels = torch.empty(group, 3, size, size, device="meta")
+    pixels = torch.empty(pictures_at_once(size), 3, size, size, device="meta")
     work["picture"] = ledger.count(lambda: family.encode_image(pixels)).times(1 / len(pixels))
     work["caption"] = ledger.count(lambda: family.encode_prompt(family.tokenize([caption])))
 

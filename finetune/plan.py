@@ -273,10 +273,8 @@ def _rhythm(recipe: Recipe[Any], pictures: Sequence[Picture]) -> Iterator[Findin
 
 
 def _side(recipe: Recipe[Any], multiple: int) -> Iterator[Finding]:
-    resolution = recipe.dataset.resolution
-    if over := resolution % multiple:
-        what = f"{resolution} is not a multiple of {multiple}, which this base needs"
-        yield Finding("resolution", "dataset.resolution", f"{what}. Try {resolution - over or multiple}.", "error")
+    if why := recipe.dataset.misfit(multiple):
+        yield Finding("resolution", "dataset.resolution", why, "error")
 
 
 def _room(recipe: Recipe[Any], disk: Disk) -> Iterator[Finding]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.methods.lora import LoRA
+from finetune.methods.lora import LoRA, names
 from finetune.outline import Outline, Shape
 from finetune.recipe import Recipe
 
@@ -72,9 +71,7 @@ def _targets(
 
 def _adapter(method: LoRA, name: str, shape: Shape) -> tuple[int, int]:
     """Numbers of one layer that are trained, and that are written."""
-    # As peft matches them, `finetune.variants.in_block` being what it is given.
-    patterns = method.rank_pattern.items()
-    ranks = (rank for pattern, rank in patterns if re.match(rf"(.*\.)?({pattern})(\..+)?$", name))
+    ranks = (rank for pattern, rank in method.rank_pattern.items() if names(pattern, name))
     rank = next(ranks, method.rank)
     both = shape[0] + math.prod(shape[1:])
     if method.variant == "loha":

@@ -66,7 +66,7 @@ class Trainer:
         self.step = 0
         self.encoded = False  # whether that is done, of what is frozen
         self.work: Work | None = None  # what a step asks of the device, once that is known
-        self.ahead: tuple[int, list[Batch]] | None = None  # a step's number and its batches
+        self.ahead: tuple[int, list[Draw], list[Batch]] | None = None  # a step, its draws and its batches
         self.whole = True  # whether the weights are those of a whole step
         self.stop = Stop()
         parts = accelerator.num_processes * config.accumulate
@@ -113,7 +113,7 @@ class Trainer:
     def _update(self) -> Report:
         if self.work is None:
             self.work = self._choose_work()
-        rates, batches = self._set_learning_rates(), self._batches(self.step)
+        rates, (draws, batches) = self._set_learning_rates(), self._drawn(self.step)
         # Only dropout draws from the global state, and differently on each process.
         torch.manual_seed(hash((self.config.seed, self.step, self.accelerator.process_index)))
         found = self.work(batches)
@@ -122,9 +122,8 @@ class Trainer:
         stop = found.new_tensor([float(self.stop.asked)])
         shared = self.accelerator.reduce(torch.cat([found, stop]), reduction="mean")
         if self.encoder.complete and self.step + 1 < self.config.steps:  # while the device is at work
-            self.ahead = self.step + 1, self._batches(self.step + 1)
+            self.ahead = self.step + 1, *self._drawn(self.step + 1)
         loss, norm, stopping = cast(Tensor, shared).tolist()
-        draws = [draw for half in self._draw(self.step) for draw in half]
         self._stop_if_not_finite(loss, norm, draws)
         if not self.guarded:
             self._apply()
@@ -200,13 +199,14 @@ class Trainer:
         place = (self.accelerator.process_index * self.config.accumulate + part) * self.share
         return [draw for half in draws for draw in half[place : place + self.share]]
 
-    def _batches(self, step: int) -> list[Batch]:
-        """This process's parts of a step."""
+    def _drawn(self, step: int) -> tuple[list[Draw], list[Batch]]:
+        """A step's draws over all processes, and this process's parts of it."""
         if self.ahead is not None and self.ahead[0] == step:
-            return self.ahead[1]
+            return self.ahead[1:]
         draws = self._draw(step)
         mine = [self._mine(draws, part) for part in range(self.config.accumulate)]
-        return [self.encoder.encode(part, num_prior=len(part) - self.share) for part in mine]
+        batches = [self.encoder.encode(part, num_prior=len(part) - self.share) for part in mine]
+        return [draw for half in draws for draw in half], batches
 
     def _set_learning_rates(self) -> dict[str, float]:
         rates = {}

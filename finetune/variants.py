@@ -49,8 +49,8 @@ def _config(targets: Sequence[str], variant: str, settings: Mapping[str, Any]) -
     common = {
         "target_modules": list(targets),
         "r": rank,
-        "rank_pattern": {in_block(pattern): value for pattern, value in settings["rank_pattern"].items()},
-        "alpha_pattern": {in_block(pattern): value for pattern, value in settings["alpha_pattern"].items()},
+        "rank_pattern": dict(settings["rank_pattern"]),
+        "alpha_pattern": dict(settings["alpha_pattern"]),
     }
     if variant == "loha":
         return LoHaConfig(alpha=alpha, **common)
@@ -58,11 +58,6 @@ def _config(targets: Sequence[str], variant: str, settings: Mapping[str, Any]) -
         return LoKrConfig(alpha=alpha, decompose_factor=settings["factor"], **common)
     kind = {"use_rslora": variant == "rslora", "use_dora": variant == "dora"}
     return LoraConfig(lora_alpha=alpha, lora_dropout=settings["dropout"], **kind, **common)
-
-
-def in_block(pattern: str) -> str:
-    """As peft matches the ends of layers' names: one that the pattern names, or all in what it names."""
-    return rf"(?:{pattern})(?:\..+)?"
 
 
 @torch.no_grad()

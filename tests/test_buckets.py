@@ -193,7 +193,7 @@ def test_the_prior_s_own_predictions_keep_to_the_pictures_of_their_shape(base_fo
 def test_the_base_is_told_each_picture_s_size_and_cut(base_folder: Any, tmp_path: Path):
     trainer = run.prepare(lesson(base_folder("stable_diffusion_xl"), tmp_path, "lora", "plain")).trainer
     for step in range(4):
-        batch = trainer._batches(step)[0]
+        batch = trainer._drawn(step)[1][0]
         height, width = (2 * side for side in batch.latents.shape[-2:])
         assert batch.geometry[:, 4:].tolist() == [[height, width]] * 2
 

@@ -186,7 +186,7 @@ def lesson(base_folder: Any, output: Path, method: str = "lora", way: Any = "pla
 
 def first_batch(recipe: Any) -> tuple[Any, Any]:
     trainer = run.prepare(recipe).trainer
-    return trainer, trainer._batches(0)[0]
+    return trainer, trainer._drawn(0)[1][0]
 
 
 @pytest.mark.parametrize("outside", [0.0, 0.25])

@@ -52,21 +52,21 @@ def test_captions_and_pictures_stay_together_whatever_the_batch_size(
 def test_both_halves_have_noise_and_time_of_their_own(base_folder: Any, tmp_path: Path):
     way = {"prior": "prediction", "class_prompt": "a thing"}
     trainer = run.prepare(lessons.recipe(base_folder("stable_diffusion"), tmp_path, "dreambooth", way)).trainer
-    batch = trainer._batches(0)[0]
+    batch = trainer._drawn(0)[1][0]
     assert len({tuple(noise.flatten()[:4].tolist()) for noise in batch.noise}) == 4
 
 
 def test_before_the_first_step_the_base_agrees_with_itself_on_the_class_prompt(base_folder: Any, tmp_path: Path):
     way = {"prior": "prediction", "class_prompt": "a thing"}
     trainer = run.prepare(lessons.recipe(base_folder("stable_diffusion"), tmp_path, "dreambooth", way)).trainer
-    losses = trainer.student(trainer._batches(0)[0])
+    losses = trainer.student(trainer._drawn(0)[1][0])
     assert torch.all(losses[2:].abs() < 1e-10) and torch.all(losses[:2] > 1e-3)
 
 
 def test_min_snr_weights_both_halves_sample_by_sample(base_folder: Any, tmp_path: Path):
     case = base_folder("stable_diffusion"), tmp_path, "dreambooth", "images"
     trainer = run.prepare(lessons.recipe(*case, train={"min_snr_gamma": 5.0, "batch_size": 3})).trainer
-    batch = trainer._batches(0)[0]
+    batch = trainer._drawn(0)[1][0]
     losses = trainer.student(batch)
     assert losses.shape == (6,)
     trainer.student.family.objective = type(trainer.student.family.objective)(

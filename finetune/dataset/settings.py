@@ -84,6 +84,12 @@ class DatasetConfig(Section):
         """Each with its weight; none where there is a source."""
         return self.folders if self.folder is None else (Folder(folder=self.folder),)
 
+    def misfit(self, multiple: int) -> str | None:
+        """Why the resolution is none for a base that takes sides of that multiple, if so."""
+        over = self.resolution % multiple
+        what = f"{self.resolution} is not a multiple of {multiple}, which this base needs"
+        return f"{what}. Try {self.resolution - over or multiple}." if over else None
+
     @property
     def where(self) -> str:
         """In words: where the pictures come from."""

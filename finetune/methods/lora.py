@@ -36,6 +36,16 @@ def _check_variant(value: Any) -> Any:
 Variant = Annotated[Literal["lora", "rslora", "dora", "pissa", "loha", "lokr"], BeforeValidator(_check_variant)]
 
 
+def in_block(pattern: str) -> str:
+    """For peft, which matches the ends of layers' names: what the pattern names, or all in it."""
+    return rf"(?:{pattern})(?:\..+)?"
+
+
+def names(pattern: str, layer: str) -> bool:
+    """Whether a setting's pattern is for a layer, as peft then has it."""
+    return re.match(rf"(.*\.)?({in_block(pattern)})$", layer) is not None
+
+
 @methods.register
 class LoRA(Method):
     """Learns a subject or a style as a low-rank update of the denoiser, through peft."""
@@ -117,13 +127,11 @@ class LoRA(Method):
 
     def _check_patterns(self, layers: list[str]) -> None:
         """Raises: UserError, for a pattern without an effect."""
-        from finetune.variants import in_block
-
         lost = [
             f"method.{setting}: {pattern!r} names no layer that is trained, and nothing that one is in"
             for setting in ("rank_pattern", "alpha_pattern")
             for pattern in getattr(self, setting)
-            if not any(re.fullmatch(rf"(.*\.)?{in_block(pattern)}", name) for name in layers)
+            if not any(names(pattern, layer) for layer in layers)
         ]
         if lost:
             raise UserError(lost)
@@ -157,8 +165,8 @@ class LoRA(Method):
         return {
             "rank": self.rank,
             "alpha": self.alpha or self.rank,
-            "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self._alphas(),
+            "rank_pattern": {in_block(pattern): rank for pattern, rank in self.rank_pattern.items()},
+            "alpha_pattern": {in_block(pattern): alpha for pattern, alpha in self._alphas().items()},
             "dropout": self.dropout,
             "factor": self.factor,
         }
