@@ -112,6 +112,34 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    adapters: Annotated[list[str], typer.Argument(metavar="RUN_OR_ADAPTER[=WEIGHT]...", help="Folders or files.")],
+    photos: Annotated[Path | None, typer.Option(help="A folder of photos that were not trained on.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of an adapter: what it is for. Default: what it says.")] = None,
+    class_prompt: Annotated[str | None, typer.Option(help="What it is one of: 'a dog'. A run says it itself.")] = None,
+    subject: Annotated[str | None, typer.Option(help="What it is called in a prompt: 'a sks dog'.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="objects, living, styles, embedded ..., or a text file.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 2,
+    encoder: Annotated[list[str] | None, typer.Option(help="A CLIP or DINO: a folder, or a model of the Hub.")] = None,
+    weights: Annotated[str, typer.Option(help="To find the best of; '' for none.")] = "0.4 0.6 0.8 1.0 1.2",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler. Default: as the run shows it.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="Default: as the run shows it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: `evaluation` in the run's folder.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier evaluation.")] = False,
+) -> None:
+    """Measure runs: identity, prompt following, drift, diversity, copying, and the best weight."""
+    from finetune.evaluation.concept import Given
+    from finetune.evaluation.evaluate import Settings, evaluate, parse_weights
+    from finetune.evaluation.studio import Size
+    from finetune.evaluation.words import compare, report
+
+    given, size = Given(photos, base, class_prompt, subject), Size(seeds, weights=parse_weights(weights))
+    settings = Settings(prompts, tuple(encoder or ()), size, steps, guidance, output, overwrite)
+    found = evaluate(adapters, given, settings)
+    print(*(line for each in found for line in report(each)), *(compare(found) if found[1:] else []), sep="\n")
+
+
+@app.command()
 def push(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     target: Annotated[str, typer.Argument(help="A repository of the Hub, or a new folder such as ./to-share.")],
@@ -185,6 +213,10 @@ def bench(
     ] = None,
     random: Annotated[bool, typer.Option("--random", help="With bases made of their configs alone.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Counted updates of each.")] = 20,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COMMAND", help="Also time another program: its command, with {steps} and {folder}."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
     """Time recipes on this machine: steps, pictures, memory."""
@@ -195,6 +227,7 @@ def bench(
     from finetune import bench
 
     timings = [bench.measure(recipe, steps, text, random=random) for recipe, text in loaded]
+    timings += [bench.measure_peer(command, steps) for command in peer or []]
     print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), bench.table(timings), sep="\n")
     if output is not None:
         figures = {"machine": bench.machine(), "timings": [asdict(timing) for timing in timings]}

@@ -25,7 +25,7 @@ from finetune.files import whole
 from finetune.recipe import Recipe
 
 RECIPE_FILE, GRID_FILE, CARD_FILE = "recipe.yaml", "grid.png", "README.md"
-CHECKPOINTS, SAMPLES, LOCK = "checkpoints", "samples", ".lock"
+CHECKPOINTS, SAMPLES, EVALUATION, LOCK = "checkpoints", "samples", "evaluation", ".lock"
 WRITTEN = (RECIPE_FILE, LORA_FILE, WORDS_FILE, GRID_FILE, CARD_FILE)
 # They change when a result is there and what it takes, but not the result.
 CHANGEABLE = {"train": ("accumulate", "capture", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints")}
@@ -139,7 +139,7 @@ class OutputFolder:
 
     def _clear(self) -> None:
         """What an earlier run has left, so that nothing of it can be taken for this one's."""
-        for name in (CHECKPOINTS, SAMPLES, PIPELINE_FOLDER, "tensorboard"):
+        for name in (CHECKPOINTS, SAMPLES, EVALUATION, PIPELINE_FOLDER, "tensorboard"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in WRITTEN:
             (self.path / name).unlink(missing_ok=True)
@@ -148,7 +148,7 @@ class OutputFolder:
         """Delete what killed processes left of what a run writes."""
         for path in (*self.path.glob(".*"), *self.path.glob(f"{SAMPLES}/*/.*")):
             found = re.fullmatch(r"\.(.+)\.\d+", path.name)
-            if found and (found[1] in (*WRITTEN, PIPELINE_FOLDER) or path.parent != self.path):
+            if found and (found[1] in (*WRITTEN, PIPELINE_FOLDER, EVALUATION) or path.parent != self.path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _check_unchanged(self, found: Path) -> None:
