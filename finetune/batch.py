@@ -5,9 +5,10 @@ Shapes: B samples (the concept's first, then the prior's), C latent channels, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -88,29 +89,31 @@ class Encoder:
         self.masks = Cache(self._read_masks, lambda mask: mask.nbytes, PICTURES_AT_ONCE)
         self.prompts = Cache(self._encode_captions, _num_bytes, 1)
 
-    def prepare(self, draws: Iterable[Draw], *, show: bool = False) -> list[str]:
+    def prepare(self, draws: Iterable[Draw], *, show: bool = False) -> Iterator[list[str]]:
         """Encode all that is frozen of the draws, if there is room for it.
 
-        Returns:
-            The parts of the pipeline that are not needed for them any more.
+        Yields:
+            The parts of the pipeline that are not needed for them any more, as soon as they are not.
         """
         pictures, masks, captions = {}, {}, {}
         for draw in draws:
             pictures[draw.key], masks[draw.mask_key], captions[draw.caption] = draw, draw, draw.caption
         if self.unmasked_weight is not None:
             self.masks.fill(masks)
-        latents = self.posteriors.fill(pictures, title="encoding pictures" if show else None)
         prompts = not self.trains_text and self.prompts.fill(captions, title="encoding captions" if show else None)
+        yield list(self.family.text_encoders) * prompts
+        latents = self.posteriors.fill(pictures, title="encoding pictures" if show else None)
+        yield ["vae"] * latents
         self.complete = latents and (prompts or self.trains_text)
-        return ["vae"] * latents + list(self.family.text_encoders) * prompts
 
     def encode(self, draws: Sequence[Draw], num_prior: int) -> Batch:
         posteriors = self.posteriors.get({draw.key: draw for draw in draws})
         samples = [self._sample(posteriors[draw.key], draw) for draw in draws]
-        latents, noise, time = (torch.cat(parts).to(self.family.device) for parts in zip(*samples, strict=True))
-        geometry = torch.tensor([draw.geometry for draw in draws], dtype=torch.float32, device=self.family.device)
+        latents, noise, time = (torch.cat(parts) for parts in zip(*samples, strict=True))
+        geometry = torch.tensor([draw.geometry for draw in draws], dtype=torch.float32)
         prompt = self._prompt([draw.caption for draw in draws])
-        return Batch(latents, noise, time, prompt, geometry, num_prior, self._mask(draws))
+        batch = Batch(latents, noise, time, prompt, geometry, num_prior, self._mask(draws))
+        return batch.map(partial(_send, device=self.family.device))
 
     def _sample(self, posterior: Posterior, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, noise and time of one sample, from its own generator: B is 1."""
@@ -127,7 +130,7 @@ class Encoder:
         if self.unmasked_weight is None:
             return None
         known = self.masks.get({draw.mask_key: draw for draw in draws})
-        coverage = torch.stack([known[draw.mask_key] for draw in draws]).to(self.family.device)
+        coverage = torch.stack([known[draw.mask_key] for draw in draws])
         return self.unmasked_weight + (1 - self.unmasked_weight) * coverage
 
     def _read_masks(self, draws: Sequence[Draw]) -> list[Tensor]:
@@ -149,9 +152,16 @@ class Encoder:
 
     def _prompt(self, captions: Sequence[str]) -> Prompt | Tokens:
         if self.trains_text:
-            return {name: ids.to(self.family.device) for name, ids in self.family.tokenize(captions).items()}
+            return self.family.tokenize(captions)
         known = self.prompts.get(dict(zip(captions, captions, strict=True)))
-        return Prompt.join([known[caption] for caption in captions]).to(self.family.device)
+        return Prompt.join([known[caption] for caption in captions])
+
+
+def _send(part: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what it is doing."""
+    if device.type == "cuda":
+        part = part.pin_memory()
+    return part.to(device, non_blocking=True)
 
 
 def pictures_at_once(size: int) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import platform
 import resource
+import shlex
 import statistics
+import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import run
 from finetune.base import make_family
+from finetune.errors import UserError
 from finetune.families.base import Family
 from finetune.recipe import Recipe
 
@@ -30,19 +33,19 @@ PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "R
 
 @dataclass(frozen=True)
 class Timing:
-    """One recipe's figures; medians over the counted steps."""
+    """One recipe's figures, medians over the counted steps; None is what a peer's script does not tell."""
 
     recipe: str
     setting: str  # what was changed in it
-    method: str
-    batch: int  # samples in a step, the prior's included
-    first_step_s: float  # from the start of the work, imports not counted, to the first update
+    method: str | None
+    batch: int | None  # samples in a step, the prior's included
+    first_step_s: float  # from the start of the work to the first update; imports count for a peer's script alone
     step_ms: float
-    images_per_s: float
-    tflop: float  # of one step, forward and back
-    share_of_peak: float | None  # of what the GPU's data sheet promises
-    picture_s: float  # one validation picture, drawn in a batch
-    peak_gib: float  # of the process, or what torch took of the GPU
+    images_per_s: float | None = None
+    tflop: float | None = None  # of one step, forward and back
+    share_of_peak: float | None = None  # of what the GPU's data sheet promises
+    picture_s: float | None = None  # one validation picture, drawn in a batch
+    peak_gib: float | None = None  # of the process, or what torch took of the GPU
 
 
 def measure(recipe: Recipe[Any], steps: int, setting: str = "", *, random: bool = False) -> Timing:
@@ -60,6 +63,8 @@ def measure(recipe: Recipe[Any], steps: int, setting: str = "", *, random: bool 
         changed = recipe.model_copy(update={"train": train, "output": output})
         at_work = run.prepare(changed, load=_random if random else None)
         at_work.trainer.encode()
+        if random and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # real weights are packed before they get there
         reports = at_work.trainer.steps()
         with FlopCounterMode(display=False) as counted:
             batch = len(next(reports).draws)
@@ -83,6 +88,40 @@ def measure(recipe: Recipe[Any], steps: int, setting: str = "", *, random: bool 
         picture_s=round(drawing / prompts, 2) if prompts else 0.0,
         peak_gib=round(_peak_memory() / 2**30, 2),
     )
+
+
+def measure_peer(command: str, steps: int) -> Timing:
+    """Another program at the same work, by what longer runs of it take longer.
+
+    Args:
+        command: `{steps}` in it is the number of updates, `{folder}` one for its output that is thrown away.
+
+    Raises:
+        UserError: it fails, with the end of what it said.
+    """
+    if "{steps}" not in command:
+        raise UserError("--peer: the command needs {steps} where its number of steps stands")
+    words = shlex.split(command)
+    short = _run_peer(words, WARM_UP)
+    while (long := _run_peer(words, WARM_UP + steps)) < 2 * short:  # or how long it takes to start decides
+        steps *= 2
+    step = (long - short) / steps
+    script = next((Path(word).name for word in words if word.endswith((".py", ".sh"))), words[0])
+    first = short - (WARM_UP - 1) * step
+    return Timing(script, "peer", None, None, first_step_s=round(first, 2), step_ms=round(step * 1000, 1))
+
+
+def _run_peer(words: list[str], steps: int) -> float:
+    """Seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [word.replace("{steps}", str(steps)).replace("{folder}", folder) for word in words]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - it is the user's own
+        taken = time.perf_counter() - start
+    if done.returncode:
+        said = (done.stderr or done.stdout).splitlines()[-5:]
+        raise UserError([f"--peer: {words[0]} ended with status {done.returncode}:", *said])
+    return taken
 
 
 def _peak_memory() -> int:

@@ -18,11 +18,11 @@ from finetune.forecast import Forecast, num_rounds
 from finetune.recipe import Recipe
 from finetune.rehearsal import Work
 
-# Fitted: of an H200 to steps of the real Stable Diffusion 1.5 and XL, seven of which are -24 to +34 % off and four that
-# were replayed as CUDA graphs 17 % at most; of two cores of a Xeon to five recipes of `make bench`, 3 % off at most.
+# Fitted: of an H200 to seven plain steps of the real Stable Diffusion 1.5 and XL, -24 to +34 % off, and to nine that
+# were CUDA graphs, of FLUX.1 too, -40 to +36 % off; of two cores of a Xeon to five recipes of `make bench`, 3 %.
 SHARE = {"cuda": 0.3, "cpu": 0.61}  # of the product's speed, in models
 STARTING = {"cuda": 13e-6, "cpu": 20e-6}  # seconds of an operation that computes nothing
-REPLAYING = 1.5e-6  # likewise, where steps are recorded as CUDA graphs
+CAPTURED = 0.5, 2.2e-6  # both, of a step that is one CUDA graph
 SIDES = {"cuda": 8192, "cpu": 768}  # of the matrices
 TRIES = {"cuda": 10, "cpu": 60}  # the fastest counts: others may be at work on the machine meanwhile
 
@@ -42,7 +42,6 @@ class Duration:
 
     machine: Machine
     phases: Mapping[str, float]  # in the order in which they come
-    replayed: float | None  # all steps, where they are recorded as CUDA graphs
 
     @property
     def total(self) -> float:
@@ -53,13 +52,11 @@ class Duration:
         machine = f"{self.machine.name}, {self.machine.speed / 1e12:.3g} TFLOP/s in a product of matrices"
         lines = [f"time      h:min:s on {machine}; loading the base comes on top"]
         lines += [f"  {name:16}{clock(seconds):>9}" for name, seconds in self.phases.items() if seconds]
-        if self.replayed is not None:
-            lines.append(f"  {'steps, replayed':16}{clock(self.replayed):>9}  where they are recorded as CUDA graphs")
         return [*lines, f"  {'in all':16}{clock(self.total):>9}"]
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
-        return {"machine": vars(self.machine), "seconds": {**self.phases, "all": self.total, "replayed": self.replayed}}
+        return {"machine": vars(self.machine), "seconds": {**self.phases, "all": self.total}}
 
 
 def duration(
@@ -88,14 +85,14 @@ def duration(
         return whole * drawn(shown.batch_size) + (drawn(rest) if rest else 0)
 
     pictures, texts = _encoded(recipe, expected, captions)
+    captured = machine.kind == "cuda" and recipe.train.capture
     phases = {
         "class images": drawn_in_batches(missing),
         "encoding": pictures * seconds["picture"] + texts * seconds["caption"],
-        "steps": steps * seconds["step"],
+        "steps": steps * (_captured(work["step"], machine) if captured else seconds["step"]),
         "validation": rounds * drawn_in_batches(len(shown.prompts)),
     }
-    replayed = steps * _replayed(work["step"], machine) if machine.kind == "cuda" else None
-    return Duration(machine, phases, replayed)
+    return Duration(machine, phases)
 
 
 def here(dtype: torch.dtype) -> Machine:
@@ -127,8 +124,9 @@ def _seconds(work: Work, machine: Machine) -> float:
     return max(computing, starting) if machine.kind == "cuda" else computing + starting
 
 
-def _replayed(work: Work, machine: Machine) -> float:
-    return work.flops / (SHARE[machine.kind] * machine.speed) + work.operations * REPLAYING
+def _captured(work: Work, machine: Machine) -> float:
+    share, starting = CAPTURED
+    return work.flops / (share * machine.speed) + work.operations * starting
 
 
 def _encoded(recipe: Recipe[Any], expected: Forecast, captions: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ CUDA context, the libraries' work space and fragmented memory come on top.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from finetune.dataset import Pictures
 from finetune.families.base import Family, Prompt
 from finetune.quantize import layers
 from finetune.recipe import Recipe
-from finetune.rehearsal import Ledger, LikeGpu, Work, go_back
+from finetune.rehearsal import Ledger, LikeGpu, Work, go_back, recompute_alike
 from finetune.skeleton import build
 from finetune.trainer import Trainer
 
@@ -32,7 +32,7 @@ TEXTS = {
     "gradients": "those that there are at that moment",
     "transient": "what is dropped again at once: a layer's, a block's or the optimizer's",
     "step": "all of these, at the fullest moment of a step",
-    "encoding": "all parts, while pictures are encoded before the first step",
+    "encoding": "while captions and pictures are encoded before the first step",
     "drawing": "all parts, while pictures are drawn",
     "run": "the most of these",
     "checkpoint": "on the disk: what is trained, its state and its average",
@@ -102,7 +102,7 @@ def estimate(recipe: Recipe[Any], captions: Sequence[str] = ()) -> Memory:
         _book_weights(recipe, family, ledger)
         trainer = _trainer(recipe, family, ledger)
         work: dict[str, Work] = {}
-        others = {"encoding": ledger.most(lambda: _encode(recipe, family, caption, ledger, work))}
+        others = {"encoding": _encode(recipe, family, caption, ledger, work)}
         num_prior = 0 if recipe.method.prior_half is None else trainer.share
         batch = _batch(recipe, family, caption, trainer.share, num_prior)
         fullest, work["step"] = _step(trainer, batch, ledger, gpu)
@@ -145,9 +145,11 @@ def _trainer(recipe: Recipe[Any], family: Family, ledger: Ledger) -> Trainer:
     ledger.kind = "average"
     concept = Pictures(cast(Any, ()), recipe.dataset, recipe.placeholder)
     trainer = Trainer(student, concept, None, recipe.train, cast(Any, _Alone()))
+    for part in family.parts():
+        recompute_alike(part)
     for settings in trainer.optimizer.param_groups:
-        if settings.get("foreach", False) is None:
-            settings["foreach"] = True  # as torch chooses on a GPU: faster, in more memory
+        if settings.get("foreach", False) is None:  # as on a GPU: Adam fused, the others fast and in more memory
+            settings["foreach"] = "fused" not in settings
     ledger.kind = "transient"
     return trainer
 
@@ -179,6 +181,8 @@ def _step(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) -> tuple
     training = ledger.fullest
     ledger.kind = "optimizer"
     update = ledger.count(lambda: ledger.most(trainer.optimizer.step))
+    if all("fused" in settings for settings in trainer.optimizer.param_groups):
+        update = Work(update.flops, len(trainer.optimizer.param_groups))
     updating, state = ledger.fullest, ledger.held["optimizer"]
     trainer.optimizer.zero_grad()
     updating["transient"] += max(0, updating["optimizer"] - state)
@@ -200,11 +204,18 @@ def _go_through(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) ->
 
 
 @torch.no_grad()
-def _encode(recipe: Recipe[Any], family: Family, caption: str, ledger: Ledger, work: dict[str, Work]) -> None:
+def _encode(recipe: Recipe[Any], family: Family, caption: str, ledger: Ledger, work: dict[str, Work]) -> int:
+    """Bytes at its fullest moment: captions come first, and what has encoded them is gone before the pictures."""
+
+    def count(name: str, encode: Callable[[], Any], share: float) -> None:
+        work[name] = ledger.count(encode).times(share)
+
     size = recipe.dataset.resolution
     pixels = torch.empty(pictures_at_once(size), 3, size, size, device="meta")
-    work["picture"] = ledger.count(lambda: family.encode_image(pixels)).times(1 / len(pixels))
-    work["caption"] = ledger.count(lambda: family.encode_prompt(family.tokenize([caption])))
+    texts = ledger.most(lambda: count("caption", lambda: family.encode_prompt(family.tokenize([caption])), 1))
+    gone = 0 if recipe.method.trains_text else sum(ledger.held[name] for name in family.text_encoders)
+    pictures = ledger.most(lambda: count("picture", lambda: family.encode_image(pixels), 1 / len(pixels)))
+    return max(texts, pictures - gone)
 
 
 @torch.no_grad()

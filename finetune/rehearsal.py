@@ -8,12 +8,13 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,6 +102,31 @@ def go_back(loss: Tensor) -> None:
     _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
 
 
+def recompute_alike(model: nn.Module) -> None:
+    """Have checkpointed blocks computed anew under the autocast that they were computed under.
+
+    Torch sees to it on the devices that it knows.
+    """
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), _autocast(torch.is_autocast_enabled("cuda"))
+
+    for module in model.modules():
+        if (checkpoint := getattr(module, "_gradient_checkpointing_func", None)) is not None:
+            setattr(module, "_gradient_checkpointing_func", partial(checkpoint, context_fn=contexts))  # noqa: B010
+
+
+@contextmanager
+def _autocast(enabled: bool) -> Iterator[None]:
+    """What `torch.autocast` does, on a machine without a GPU."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", enabled)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
 class LikeGpu(TorchFunctionMode):
     """Treats tensors on the meta device as a GPU treats real ones: autocast and fused attention.
 
@@ -112,15 +138,15 @@ class LikeGpu(TorchFunctionMode):
         super().__init__()
         self.precision = precision  # of autocast, if there is one
         self.mask_length = mask_length  # how many a mask picks; without it, all
-        self._casting = False
         self._casts: dict[int, Tensor] | None = None
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """A forward pass, for which each trained weight is cast once."""
-        self._casting, self._casts = self.precision is not None, {}
-        yield
-        self._casting, self._casts = False, None
+        self._casts = {}
+        with _autocast(self.precision is not None):
+            yield
+        self._casts = None
 
     def end_forward(self) -> None:
         """Let go of the cast weights; a block that is computed again casts its own."""
@@ -128,7 +154,7 @@ class LikeGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if self._casting and name in LOWERED | RAISED:
+        if torch.is_autocast_enabled("cuda") and name in LOWERED | RAISED:
             target = self.precision if name in LOWERED else torch.float32
             args, kwargs = tree_map(lambda value: self._cast(value, target), (args, kwargs))
         if name == "scaled_dot_product_attention":

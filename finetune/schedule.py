@@ -46,8 +46,8 @@ class TrainConfig(Section):
         Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
     ] = "no"  # YAML reads a bare `no` as false
     gradient_checkpointing: bool = False
-    capture: bool = False
-    """Replay a step as one CUDA graph, on one GPU. It has not been tried on one yet."""
+    capture: bool = True
+    """Replay a step as one CUDA graph, on one GPU."""
     min_snr_gamma: PositiveFloat | None = None
     zero_terminal_snr: bool = False
     noise_offset: Annotated[float, Field(ge=0)] = 0.0

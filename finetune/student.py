@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from finetune.batch import Batch
 from finetune.families.base import Family, Prompt
+from finetune.fused import as_kept
 
 if TYPE_CHECKING:
     from finetune.methods.base import Method
@@ -81,7 +82,8 @@ def predict(family: Family, batch: Batch) -> Tensor:
     """What the denoiser says of a batch: (B, C, H, W), float32."""
     noised = family.objective.add_noise(batch.latents, batch.noise, batch.time)
     prompt = batch.prompt if isinstance(batch.prompt, Prompt) else family.encode_prompt(batch.prompt)
-    return family.denoise(noised, batch.time, prompt, batch.geometry).float()
+    with as_kept(family.denoiser, family.device):
+        return family.denoise(noised, batch.time, prompt, batch.geometry).float()
 
 
 def denoising_errors(family: Family, batch: Batch, target: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from finetune.capture import Captured, Work, obstacle
 from finetune.dataset import Draw, Pictures
 from finetune.dataset.buckets import Shapes
 from finetune.errors import UserError, warn
+from finetune.gpu import make_ready
 from finetune.schedule import TrainConfig, build_optimizer, multiplier, restore
 from finetune.stopping import Stop
 from finetune.student import Student
@@ -107,7 +108,8 @@ class Trainer:
             for part in range(self.config.accumulate)
             for draw in self._mine(self._draw(step), part)
         )
-        self.student.family.rest(self.encoder.prepare(mine, show=self.accelerator.is_main_process))
+        for done in self.encoder.prepare(mine, show=self.accelerator.is_main_process):
+            self.student.family.rest(done)
         self.encoded = True
 
     def _update(self) -> Report:
@@ -145,7 +147,7 @@ class Trainer:
 
     def _choose_work(self) -> Work:
         work = self._whole_step if self.guarded else self._gradients
-        if not self.config.capture:
+        if not self.config.capture or self.accelerator.device.type != "cuda":
             return work
         if why := obstacle(self.accelerator):
             warn(f"train.capture: {why}; the step runs as usual")
@@ -238,6 +240,8 @@ class Trainer:
                 part.train()
             if self.config.gradient_checkpointing:
                 _checkpoint(part)
+        if family.device.type == "cuda":
+            make_ready(family.denoiser)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from finetune.bench import machine, measure, table
+from finetune.bench import machine, measure, measure_peer, table
 from finetune.cli import app
 from finetune.errors import UserError
 from finetune.plan import survey
@@ -59,3 +60,21 @@ def test_class_images_of_random_weights_are_not_taken_for_those_of_the_base(base
     measure(recipe, steps=1, random=True)
     made = survey(recipe).forecast.class_images
     assert made is not None and made.there == 0
+
+
+def test_a_peers_step_is_what_longer_runs_of_it_take_longer(tmp_path: Path):
+    script = tmp_path / "peer.py"
+    script.write_text("import sys, time; time.sleep(0.2 + 0.06 * int(sys.argv[1])); open(sys.argv[2] + '/a', 'w')")
+    timing = measure_peer(f"{sys.executable} {script} {{steps}} {{folder}}", steps=10)
+    assert (timing.recipe, timing.setting, timing.batch) == ("peer.py", "peer", None)
+    assert timing.step_ms >= 50
+    assert timing.first_step_s >= 0.2
+
+
+def test_a_peer_that_fails_is_told_with_the_end_of_what_it_said(tmp_path: Path):
+    script = tmp_path / "peer.py"
+    script.write_text("import sys; sys.exit('no such base')")
+    with pytest.raises(UserError, match="ended with status 1:(?s:.*)no such base"):
+        measure_peer(f"{sys.executable} {script} {{steps}}", steps=1)
+    with pytest.raises(UserError, match="needs .steps."):
+        measure_peer(f"{sys.executable} {script}", steps=1)

@@ -75,5 +75,5 @@ def test_what_rests_is_there_when_pictures_are_drawn(base_folder: Any, tmp_path:
         part.to = lambda device, name=name: moves.append((name, str(device)))
     at_work.family.denoiser.to(torch.device("meta"))  # stands in for a GPU
     with at_work.family.sampling():
-        assert moves == [("vae", "meta"), ("text_encoder", "meta")]
-    assert moves[2:] == [("vae", "cpu"), ("text_encoder", "cpu")]
+        assert moves == [("text_encoder", "meta"), ("vae", "meta")]
+    assert moves[2:] == [("text_encoder", "cpu"), ("vae", "cpu")]

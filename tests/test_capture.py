@@ -53,15 +53,13 @@ def test_a_change_reaches_each_tensor_of_a_batch():
     assert [part.shape[0] for part in one.last(1).tensors()] == [1] * 7
 
 
-def test_without_a_gpu_the_step_runs_as_usual_and_says_so(
-    base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_step_runs_as_usual(base_folder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     base = base_folder("stable_diffusion")
-    plain, _ = losses(base, tmp_path / "plain", "lora")
+    plain, _ = losses(base, tmp_path / "plain", "lora", capture=False)
     asked, _ = losses(base, tmp_path / "asked", "lora", capture=True)
     assert asked == plain
-    assert capsys.readouterr().err.count("train.capture: there is no CUDA GPU; the step runs as usual") == 1
+    assert "train.capture" not in capsys.readouterr().err
 
 
 @ON_A_GPU
@@ -69,7 +67,7 @@ def test_without_a_gpu_the_step_runs_as_usual_and_says_so(
 @pytest.mark.parametrize("method", METHODS)
 def test_the_losses_are_those_of_the_plain_step(method: str, train: dict[str, Any], base_folder: Any, tmp_path: Path):
     base = base_folder("stable_diffusion")
-    plain, _ = losses(base, tmp_path / "plain", method, **train)
+    plain, _ = losses(base, tmp_path / "plain", method, capture=False, **train)
     found, at_work = losses(base, tmp_path / "captured", method, capture=True, **train)
     assert len(at_work.trainer.work.recordings) == 1
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-5)
@@ -81,7 +79,7 @@ def test_what_cannot_be_captured_runs_as_usual_and_says_why(
     base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     base = base_folder("stable_diffusion")
-    plain, _ = losses(base, tmp_path / "plain", "lora")
+    plain, _ = losses(base, tmp_path / "plain", "lora", capture=False)
     reduce = LoRA.reduce
     monkeypatch.setattr(LoRA, "reduce", lambda *args: reduce(*args) + 0 * float(args[1].sum()))
     found, at_work = losses(base, tmp_path / "asked", "lora", capture=True)

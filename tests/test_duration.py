@@ -70,15 +70,15 @@ def test_steps_and_pictures_that_are_encoded_count(dreambooth: Any):
 
 
 def test_a_gpu_waits_for_python_and_a_cpu_does_both(dreambooth: Any):
-    recipe = dreambooth(train={"steps": 1, "batch_size": 1})
+    recipe = dreambooth(train={"steps": 1, "batch_size": 1, "capture": False})
     idle, busy = {**WORK, "step": Work(0, 100_000)}, {**WORK, "step": Work(10**15, 0)}
     both = {**WORK, "step": Work(10**15, 100_000)}
     on_gpu = [needs(recipe, GPU, work).phases["steps"] for work in (idle, busy, both)]
     assert on_gpu[2] == max(on_gpu[:2]) and on_gpu[0] == pytest.approx(1.3)
     on_cpu = [needs(recipe, CPU, work).phases["steps"] for work in (idle, busy, both)]
     assert on_cpu[2] == pytest.approx(on_cpu[0] + on_cpu[1])
-    replayed = needs(recipe, GPU, idle).replayed
-    assert replayed is not None and replayed < on_gpu[0] and needs(recipe).replayed is None
+    captured = needs(dreambooth(train={"steps": 1, "batch_size": 1}), GPU, idle).phases["steps"]
+    assert captured == pytest.approx(0.22)
 
 
 def test_the_machine_at_hand_is_named_and_timed():
@@ -100,7 +100,7 @@ def test_the_lines_name_the_machine_and_add_up(dreambooth: Any):
     found = needs(dreambooth(validation={"prompts": ["a {}"]}), GPU)
     lines = found.lines()
     assert "a GPU" in lines[0] and clock(found.total) in lines[-1]
-    assert [line.split()[0] for line in lines[1:]] == ["class", "encoding", "steps", "validation", "steps,", "in"]
+    assert [line.split()[0] for line in lines[1:]] == ["class", "encoding", "steps", "validation", "in"]
     assert found.total == pytest.approx(sum(found.phases.values()))
     assert replace(found, machine=CPU).lines() != lines
 

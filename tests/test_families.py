@@ -240,7 +240,7 @@ def test_cached_latents_follow_the_picture_and_not_its_name(base_folder: Any, tm
     def means() -> list[torch.Tensor]:
         pictures = Pictures.from_pictures(scan(config), config, "<it>")
         draws = sorted((pictures.draw(0, position) for position in range(2)), key=lambda draw: draw.path)
-        encoder.prepare(draws)
+        list(encoder.prepare(draws))
         return [encoder.posteriors.kept[draw.key].mean for draw in draws]
 
     before = means()

@@ -126,6 +126,29 @@ def test_a_bare_step_is_within_5_percent_of_what_was_measured(
     assert (memory.step + more * memory.activations) / GIB == pytest.approx(together, rel=0.05)
 
 
+# The fullest moment of a step on one H200 as torch counted it, with all that is fused; torch 2.11, 2026-11-23.
+MEASURED = {
+    ("stable_diffusion", 512, 1): 2.39,
+    ("stable_diffusion", 512, 8): 6.87,
+    ("stable_diffusion_xl", 1024, 1): 9.71,
+    ("stable_diffusion_xl", 1024, 4): 22.66,
+}
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_a_fused_step_takes_no_more_than_is_said_and_not_much_less(case: tuple[Any, ...], real: Any):
+    said = estimate(real(*case)).step / GIB
+    assert 0.98 * MEASURED[case] < said < 1.2 * MEASURED[case]
+
+
+@pytest.mark.parametrize(("optimizer", "measured"), [("adamw", 13.43), ("adamw_8bit", 8.70)])
+def test_a_whole_unet_takes_what_was_measured(optimizer: str, measured: float, real: Any):
+    recipe = real("stable_diffusion", dtype="float32", name="dreambooth", **WHOLE)
+    train = recipe.train.model_copy(update={"optimizer": optimizer})
+    said = estimate(recipe.model_copy(update={"train": train})).step / GIB
+    assert said == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("family", "resolution", "measured", "tolerance"),
     [
@@ -143,14 +166,6 @@ def test_a_script_with_all_parts_on_the_gpu_is_near_what_was_measured(
     assert everything / GIB == pytest.approx(measured, rel=tolerance)
 
 
-def test_a_whole_unet_is_within_5_percent_of_what_was_measured(real: Any):
-    memory = estimate(real("stable_diffusion", dtype="float32", name="dreambooth", **WHOLE))
-    twin = memory.weights["unet"]  # to tell the change from, which the script does not keep
-    halves = (memory.weights["vae"] + memory.weights["text_encoder"]) / 2  # the script keeps them in bfloat16
-    assert twin == memory.trained
-    assert (memory.step - twin + halves) / GIB == pytest.approx(16.6, rel=0.05)
-
-
 # Counted by another program (calflops and formulas), in TFLOP of one picture: a pass, a step of a LoRA, the VAE.
 FLOPS = {("stable_diffusion", 512): (0.803, 1.72, 1.12), ("stable_diffusion_xl", 1024): (6.76, 14.19, 4.88)}
 
@@ -166,26 +181,30 @@ H200 = Machine("H200", "cuda", 790e12)
 
 
 @pytest.mark.parametrize(
-    ("family", "resolution", "batch", "eager", "replayed"),
+    ("family", "resolution", "batch", "plain", "captured"),
     [
-        ("stable_diffusion", 512, 1, 167, 25),
-        ("stable_diffusion", 512, 8, 167, 90),
-        ("stable_diffusion_xl", 1024, 1, 439, 102),
-        ("stable_diffusion_xl", 1024, 4, 369, 260),
+        ("stable_diffusion", 512, 1, 167, 17.1),
+        ("stable_diffusion", 512, 8, 167, 56.8),
+        ("stable_diffusion_xl", 1024, 1, 439, 68.9),
+        ("stable_diffusion_xl", 1024, 4, 369, 169),
     ],
 )
 def test_the_time_of_a_step_is_as_near_to_what_was_measured_as_is_said(
-    family: str, resolution: int, batch: int, eager: int, replayed: int, measure: Any, real: Any
+    family: str, resolution: int, batch: int, plain: float, captured: float, measure: Any, real: Any
 ):
-    """Milliseconds on one H200."""
-    work = dict(measure(family, resolution).work)
-    work["step"] = work["step"].times(batch, 1)  # several pictures are as many operations, each a larger one
-    recipe = real(family, resolution)
-    found = duration(
-        recipe, work, Forecast({(resolution, resolution): 1}, 0, 0.0, None, Disk(0, 0, 0, 0, 0, 0)), 1, H200
-    )
-    assert 1000 * found.phases["steps"] == pytest.approx(eager, rel=0.34)
-    assert found.replayed is not None and 1000 * found.replayed == pytest.approx(replayed, rel=0.17)
+    """Milliseconds on one H200; plain with the layers of peft, captured with all that is fused."""
+
+    def said(memory: Memory, capture: bool) -> float:
+        work = dict(memory.work)
+        if capture is False:
+            work["step"] = work["step"].times(batch, 1)  # several pictures are as many operations, each a larger one
+        recipe = real(family, resolution)
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"capture": capture})})
+        expected = Forecast({(resolution, resolution): 1}, 0, 0.0, None, Disk(0, 0, 0, 0, 0, 0))
+        return 1000 * duration(recipe, work, expected, 1, H200).phases["steps"]
+
+    assert said(measure(family, resolution), capture=False) == pytest.approx(plain, rel=0.34)
+    assert said(estimate(real(family, resolution, batch)), capture=True) == pytest.approx(captured, rel=0.4)
 
 
 def test_what_is_trained_and_kept_equals_a_real_step_on_the_cpu(base_folder: Any, tmp_path: Path):
@@ -283,7 +302,8 @@ def test_an_average_takes_as_much_as_what_it_is_of(toy: Any):
 
 def test_a_whole_denoiser_is_trained_in_float32_beside_its_base(toy: Any):
     memory = toy(method="dreambooth", way=WHOLE, train={"precision": "bf16"})
-    assert memory.trained == pytest.approx(2 * memory.weights["unet"], rel=0.01)
+    assert memory.trained == 4 * sum(part.numel() for part in tiny.stable_diffusion().unet.parameters())
+    assert memory.weights["unet"] == 0  # it waits on the CPU
 
 
 @pytest.mark.parametrize(("quantize", "bits"), [("nf4", 4.127), ("int8", 8)])

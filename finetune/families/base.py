@@ -215,9 +215,11 @@ class Family(ABC):
         self.pipeline.vae.use_slicing = device.type == "cuda"
 
     def rest(self, names: Sequence[str]) -> None:
-        """Keep parts that no step needs off the device, but while pictures are drawn."""
-        self.resting = tuple(names)
+        """Keep more parts that no step needs off the device, but while pictures are drawn."""
+        self.resting = (*self.resting, *names)
         self._move(torch.device("cpu"))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _move(self, device: torch.device) -> None:
         for name in self.resting:

@@ -81,9 +81,10 @@ class DreamBooth(LoRA):
         for name in self.trained_text_encoders(family):
             rates[name] = self.text_encoder_learning_rate or learning_rate
         parts = {name: getattr(family.pipeline, name) for name in rates}
-        base = {name: _copy(part) for name, part in parts.items()}
+        rests = self.prior != "prediction"  # then only the end needs it
+        base = {name: _copy(part, rests) for name, part in parts.items()}
         groups = [Group(name, dict(part.named_parameters()), rates[name]) for name, part in parts.items()]
-        return Student(self, family, groups, frozen=lambda: _swapped(family, base))
+        return Student(self, family, groups, frozen=lambda: _swapped(family, base, rests))
 
     def losses(self, student: Student, batch: Batch) -> Tensor:
         """The base's own prediction is what the class half is held to, where there are no class images."""
@@ -136,20 +137,26 @@ class DreamBooth(LoRA):
         ]
 
 
-def _copy(part: torch.nn.Module) -> torch.nn.Module:
-    """A frozen twin, in the base's own precision."""
+def _copy(part: torch.nn.Module, rests: bool) -> torch.nn.Module:
+    """A frozen twin, in the base's own precision; where it rests, off the device."""
     from copy import deepcopy
 
-    return deepcopy(part).requires_grad_(False).eval()
+    if rests and next(part.parameters()).is_meta:  # a rehearsal, which counts what is on the device
+        return part
+    twin = deepcopy(part).requires_grad_(False).eval()
+    return twin.to("cpu") if rests else twin
 
 
 @contextmanager
-def _swapped(family: Family, parts: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+def _swapped(family: Family, parts: Mapping[str, torch.nn.Module], rests: bool) -> Iterator[None]:
+    """The family with other parts, which wait on the CPU where they rest."""
     trained = {name: getattr(family.pipeline, name) for name in parts}
     for name, part in parts.items():
-        setattr(family.pipeline, name, part)
+        setattr(family.pipeline, name, part.to(family.device) if rests else part)
     try:
         yield
     finally:
         for name, part in trained.items():
             setattr(family.pipeline, name, part)
+            if rests:
+                parts[name].to("cpu")
