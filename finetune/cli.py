@@ -26,7 +26,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="section.key=value", help="Settings that replace the recipe's.")
 ]
 AdapterFile = Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA or an embedding.")]
-OutputFile = Annotated[Path | None, typer.Option("--output", help="Default: beside the file.")]
+OutputFile = Annotated[Path | None, typer.Option("--output", help="Default: beside what is read.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing file.")]
 Rank = Annotated[int | None, typer.Option(min=1, help="The rank of every layer.")]
 Energy = Annotated[float | None, typer.Option(help="Or the share of each layer's squared update to keep, to 1.")]
@@ -137,6 +137,14 @@ def evaluate(
     settings = Settings(prompts, tuple(encoder or ()), size, steps, guidance, output, overwrite)
     found = evaluate(adapters, given, settings)
     print(*(line for each in found for line in report(each)), *(compare(found) if found[1:] else []), sep="\n")
+
+
+@app.command()
+def report(runs: list[Path], output: OutputFile = None) -> None:
+    """Show a run as a page, RUN/report.html, or compare several on one, ./report.html."""
+    from finetune.report import write_report
+
+    print(write_report(runs, output))
 
 
 @app.command()
@@ -337,7 +345,7 @@ def _carry_out(recipe: Any, *, resume: bool, overwrite: bool) -> None:
         if not at_work.is_main:
             return
         result = at_work.finish()
-    print(f"reloaded into a fresh pipeline: {result.verdict.error:.2%} off what was learnt")
+    print(*result.notes, f"reloaded into a fresh pipeline: {result.verdict.error:.2%} off what was learnt", sep="\n")
     for file in result.files:
         print(f"{file}  ({_describe(file)})")
     print(*filter(None, [result.grid, result.card]), sep="\n")

@@ -49,6 +49,22 @@ class Delivery:
         after = self.probe(self.family)
         return bool(after.isfinite().all()) and float(after.norm()) < SANE * float(before.norm())
 
+    def choose(self) -> list[str]:
+        """Go back to the weights that were the best on held-out pictures, if that is asked for; what they say."""
+        validation, last, shown = self.trainer.validation, self.trainer.step, self.recipe.validation
+        if validation is None or not validation.found:
+            return []
+        notes = [validation.verdict()]
+        if last < self.recipe.train.steps:
+            notes.append(f"stopped after step {last}: nothing was better for {shown.patience} times")
+        if shown.keep == "best" and validation.best is not None and validation.best.step < last:
+            self.trainer.go_back()
+            notes.append(
+                f"the pictures of step {self.trainer.step} were the best, so it is exported; with validation.keep=last "
+                "it is the last one"
+            )
+        return notes
+
     def export(self, more: Mapping[str, str] | None = None) -> list[Path]:
         """The method's files, in the run's folder.
 

@@ -14,7 +14,7 @@ from typing import Any
 from finetune import spelling
 from finetune.dataset.health import LOOKED_AT, MULTIPLE, Finding, cut_away, enlargement, examine, trained_size
 from finetune.dataset.pixels import Size
-from finetune.dataset.scan import Picture, scan
+from finetune.dataset.scan import Picture, scan, split
 from finetune.errors import UserError
 from finetune.forecast import ClassImages, Disk, Forecast, forecast
 from finetune.methods.base import Prior
@@ -118,10 +118,13 @@ def survey(recipe: Recipe[Any]) -> Report:
     Raises:
         UserError: everything that makes a run impossible.
     """
-    pictures = check(recipe)
+    pictures, held_out = split(check(recipe), recipe.dataset.held_out)
     known = look_up(recipe, pictures)
     fate, found = fates(recipe, pictures, known.multiple), find(recipe, pictures, known)
-    return Report(plan(recipe, pictures, known), fate, found, known.forecast)
+    told = plan(recipe, pictures, known)
+    if held_out:
+        told["held out"] = ", ".join(Path(picture.path).name for picture in held_out)
+    return Report(told, fate, found, known.forecast)
 
 
 def failure(error: UserError | OSError) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, model_validator
 
-from finetune.config import LocalPath, Place, PositiveInt, Section, Strings, build, override, read_tree, to_yaml
+from finetune.config import LocalPath, Place, PositiveInt, Section, Strings, Text, build, override, read_tree, to_yaml
 from finetune.dataset.settings import DatasetConfig
 from finetune.errors import UserError, brief, did_you_mean
 from finetune.files import is_file
@@ -67,6 +67,14 @@ class ValidationConfig(Section):
     guidance: Annotated[float, Field(ge=1)] = 7.5
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: PositiveInt = 4
+    measure_every: PositiveInt | None = None
+    """Steps between measurements of the loss on the pictures of dataset.held_out. Default: a tenth of all."""
+    encoder: Text | None = None
+    """What judges pictures by those held out: a CLIP's folder or name. Default: `evaluation` in the base's folder."""
+    patience: PositiveInt | None = None
+    """Stop after so many times without better pictures, or without a lower loss where nothing judges them."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights are exported: those with the best pictures, where `every` and an encoder tell, or the last."""
 
 
 class OutputConfig(Section):
@@ -91,6 +99,11 @@ class Recipe(Section, Generic[M]):
     @model_validator(mode="after")
     def _check(self) -> Recipe[M]:
         problems = self._check_words() + self._check_rates()
+        problems += [
+            f"validation.{name}: is for pictures that are held out. Set dataset.held_out, or remove it."
+            for name in ("measure_every", "encoder", "patience")
+            if not self.dataset.held_out and getattr(self.validation, name) is not None
+        ]
         if self.base.quantize is not None and not self.method.takes_quantized:
             problems.append("base.quantize: the method needs the base's weights as they are. Remove it.")
         if problems:

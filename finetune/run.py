@@ -18,12 +18,13 @@ from tqdm import tqdm
 from finetune import checkpoint
 from finetune.base import load_family
 from finetune.card import write_card
-from finetune.dataset import Picture, Pictures
+from finetune.dataset import Picture, Pictures, split
 from finetune.delivery import Delivery, complaint, named, not_compared
 from finetune.errors import UserError, reason, warn
 from finetune.export import Verdict
 from finetune.families.base import Family
 from finetune.folder import CARD_FILE, CHECKPOINTS, GRID_FILE, OutputFolder
+from finetune.judging import Judge
 from finetune.plan import check
 from finetune.prior import make_prior
 from finetune.recipe import Recipe
@@ -32,6 +33,7 @@ from finetune.shortage import explained
 from finetune.stopping import Stop, Stopped
 from finetune.tracking import PATIENCE, Trackers
 from finetune.trainer import NonFiniteLoss, Report, Trainer
+from finetune.validation import Validation
 
 __all__ = ["CHECKPOINTS", "Result", "Run", "Stopped", "load_family", "prepare", "train"]
 LEAVING = 5.0  # seconds for the trackers of a run that was stopped
@@ -59,6 +61,7 @@ def prepare(
     """
     stop = stop or Stop()
     pictures = check(recipe)
+    trained, held_out = split(pictures, recipe.dataset.held_out)
     # Accelerate keeps its state for the process; each recipe has a precision of its own.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
@@ -74,7 +77,11 @@ def prepare(
             if found is not None:
                 folder.check_base(found, family.fingerprint)
             on_main(accelerator, lambda: folder.open(resume=resume, overwrite=overwrite))
-            trainer = make_trainer(recipe, pictures, family, accelerator)
+            trainer = make_trainer(recipe, trained, family, accelerator)
+            if held_out:
+                unseen = Pictures.from_pictures(held_out, recipe.dataset, recipe.placeholder)
+                trainer.validation = Validation(unseen, recipe.train.seed)
+            judge = Judge.find(recipe, trained, held_out) if accelerator.is_main_process else None
             if found is not None:
                 trainer.resume(checkpoint.load(found)["trainer"])
     except BaseException as error:
@@ -83,7 +90,7 @@ def prepare(
             raise Stopped("stopped before the first step; class images that are done are kept") from None
         raise
     trainer.stop = stop
-    return Run(folder, pictures, trainer)
+    return Run(folder, trained, trainer, judge)
 
 
 def make_trainer(recipe: Recipe[Any], pictures: Sequence[Picture], family: Family, accelerator: Accelerator) -> Trainer:
@@ -117,6 +124,7 @@ class Result:
     grid: Path | None
     card: Path | None
     verdict: Verdict
+    notes: list[str]  # what the pictures that were held out say
 
 
 class Run:
@@ -126,12 +134,13 @@ class Run:
     the way is told once and then done without; what it learnt, it writes or it fails.
     """
 
-    def __init__(self, output: OutputFolder, pictures: Sequence[Picture], trainer: Trainer):
+    def __init__(self, output: OutputFolder, pictures: Sequence[Picture], trainer: Trainer, judge: Judge | None = None):
         self.output = output
         self.recipe = output.recipe
         self.folder = output.path
         self.pictures = pictures
         self.trainer = trainer
+        self.judge = judge
         self.stop = trainer.stop
         self.accelerator = trainer.accelerator
         self.family = trainer.student.family
@@ -182,6 +191,9 @@ class Run:
         try:
             if self.first == 0:
                 self.validate(trackers)
+                self._measure(trackers)
+            elif trackers is not None:  # a checkpoint is saved before its step's pictures are drawn
+                self._judge(self.first, list(self.samples.load(self.first).values()), trackers)
             with tqdm(total=total, initial=self.first, desc="training", disable=not self.is_main) as bar:
                 self._steps(bar, trackers)
         except Stopped:
@@ -204,9 +216,11 @@ class Run:
             if trackers is not None:
                 trackers.numbers(report.step, _numbers(report), [Path(draw.path).name for draw in report.draws])
             self.told = report.step
-            self._keep(report.step, trackers)
+            enough = self._keep(report.step, trackers)
             if report.stopping:
                 raise Stopped
+            if enough:
+                return
 
     def _next(self, reports: Iterator[Report]) -> Report | None:
         """The next step. Until the first is done there is nothing to save, and no need to wait for it."""
@@ -217,12 +231,24 @@ class Run:
         ):
             return next(reports, None)
 
-    def _keep(self, step: int, trackers: Trackers | None) -> None:
-        train, last = self.recipe.train, step == self.recipe.train.steps
+    def _keep(self, step: int, trackers: Trackers | None) -> bool:
+        """Measure, save and draw what is due after a step; whether it was the last."""
+        train, shown = self.recipe.train, self.recipe.validation
+        last = step == train.steps
+        if _due(step, shown.measure_every or -(-train.steps // 10)) or last:
+            self._measure(trackers)
         if train.checkpoint_every is not None and (_due(step, train.checkpoint_every) or last) and self.is_main:
             self._attempt("checkpoints", self.save_checkpoint)
-        if _due(step, self.recipe.validation.every) or last:
+        if _due(step, shown.every) or last:
             self.validate(trackers)
+        return last or self.trainer.has_waited(shown.patience)
+
+    def _measure(self, trackers: Trackers | None) -> None:
+        """The loss on what is held out, if anything is."""
+        with explained(self.recipe, "measuring the held-out pictures", "else"), self.stop.breakable():
+            measured = self.trainer.validate()
+        if trackers is not None and measured is not None:
+            trackers.numbers(measured.step, measured.numbers)
 
     def _trackers(self) -> Trackers:
         recipe = self.recipe
@@ -306,6 +332,13 @@ class Run:
         if trackers is not None and self.prompts:
             shown = self.samples.load(step)
             trackers.pictures(step, {f"validation/{prompt}": picture for prompt, picture in shown.items()})
+            self._judge(step, list(shown.values()), trackers)
+
+    def _judge(self, step: int, pictures: Sequence[Any], trackers: Trackers) -> None:
+        if self.judge is not None and len(pictures) == len(self.prompts):
+            judged = self.judge.look(step, pictures)
+            trackers.numbers(step, judged.numbers)
+            self.trainer.judge(judged)
 
     def draw(self, indices: Sequence[int]) -> None:
         """Write some of this step's validation pictures."""
@@ -326,13 +359,14 @@ class Run:
         """Export, reload into a fresh pipeline, compare, and show."""
         try:
             with self.stop.listening():
+                notes = self.delivery.choose()
                 files, verdict = self._export()
             if not verdict.passed:
                 raise UserError(complaint(verdict, files))
             known = {"fingerprint": self.family.fingerprint, "num_pictures": len(self.pictures), "verdict": verdict}
             grid = self._attempt(GRID_FILE, lambda: self.samples.save_grid(self.pictures, self.trainer.step))
             card = self._attempt(CARD_FILE, lambda: write_card(self.recipe, files, **known))
-            return Result(files, grid, card, verdict)
+            return Result(files, grid, card, verdict, notes)
         except UserError as error:
             raise UserError([*error.problems, self._save_last()]) from None
         finally:

@@ -26,7 +26,8 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Tracker(Protocol):
-    """A backend. Names are stable: `loss`, `grad_norm`, `learning_rate/<group>`, `validation/<prompt>`."""
+    """A backend. Names are stable: `loss`, `grad_norm`, `learning_rate/<group>`, `validation/<prompt>`,
+    `validation_loss/mean`, `validation_loss/level_<1 to 9>`."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -243,9 +244,9 @@ class Trackers:
         self.lines = JSONLines(folder / METRICS_FILE, first_step)
         self.relays = [Relay(name, lambda name=name: BACKENDS[name](folder, run, config, first_step)) for name in names]
 
-    def numbers(self, step: int, values: Mapping[str, float], pictures: Sequence[str]) -> None:
-        """A step's numbers, and the pictures it saw, which only the JSON lines keep."""
-        self.lines.numbers(step, {**values, "pictures": list(pictures)})
+    def numbers(self, step: int, values: Mapping[str, float], pictures: Sequence[str] = ()) -> None:
+        """A step's numbers, and the pictures it saw, if it did, which only the JSON lines keep."""
+        self.lines.numbers(step, {**values, "pictures": list(pictures)} if pictures else values)
         for relay in self.relays:
             relay.send(lambda backend: backend.numbers(step, values))
 

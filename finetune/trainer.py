@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from finetune.gpu import make_ready
 from finetune.schedule import TrainConfig, build_optimizer, multiplier, restore
 from finetune.stopping import Stop
 from finetune.student import Student
+from finetune.validation import Judged, Measured, Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,6 +90,7 @@ class Trainer:
         self._prepare_family()
         self.model, self.optimizer = accelerator.prepare(student, build_optimizer(student.groups, config))
         self.ema = None if config.ema is None else _average(student, config.ema)
+        self.validation: Validation | None = None
 
     def steps(self) -> Iterator[Report]:
         """Train to the end, a report for each update."""
@@ -108,7 +111,8 @@ class Trainer:
             for part in range(self.config.accumulate)
             for draw in self._mine(self._draw(step), part)
         )
-        for done in self.encoder.prepare(mine, show=self.accelerator.is_main_process):
+        held_out = self.validation.draws if self.validation is not None else []
+        for done in self.encoder.prepare(itertools.chain(held_out, mine), show=self.accelerator.is_main_process):
             self.student.family.rest(done)
         self.encoded = True
 
@@ -243,6 +247,34 @@ class Trainer:
         if family.device.type == "cuda":
             make_ready(family.denoiser)
 
+    def validate(self) -> Measured | None:
+        """Measure the weights as they would be exported on what is held out, if anything is."""
+        if self.validation is None:
+            return None
+        self.encode()
+        with self.averaged():
+            return self.validation.measure(self.student, self.encoder, self.step, self.accelerator.autocast())
+
+    def judge(self, judged: Judged) -> None:
+        """Keep what was said of pictures by the weights as they would be exported."""
+        if self.validation is not None and judged.step not in {known.step for known in self.validation.judged}:
+            with self.averaged():
+                self.validation.judge(judged, self.student)
+
+    def has_waited(self, patience: int | None) -> bool:
+        """Whether nothing was better for so many times; the main process has seen the pictures."""
+        if patience is None or self.validation is None:
+            return False
+        out = torch.tensor(float(self.validation.waiting >= patience), device=self.accelerator.device)
+        return bool(cast(Tensor, self.accelerator.reduce(out, reduction="mean")) > 0)
+
+    def go_back(self) -> None:
+        """To the weights that were the best on what is held out, for good."""
+        found = self.validation
+        assert found is not None and found.best is not None and found.best_weights is not None
+        self.student.load_state_dict(found.best_weights)
+        self.step, self.ema = found.best.step, None
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The weights to look at and to export: their moving average, if there is one."""
@@ -265,6 +297,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "validation": None if self.validation is None else self.validation.state(),
         }
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -275,6 +308,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.accelerator.device)
+        if self.validation is not None and state.get("validation") is not None:
+            self.validation.resume(state["validation"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

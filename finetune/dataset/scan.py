@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -47,6 +47,24 @@ class _Entry:
     captions: tuple[str, ...]
     weight: int = 1
     mask: Path | None = None
+
+
+def split(pictures: Sequence[Picture], held_out: int) -> tuple[list[Picture], list[Picture]]:
+    """Those that are trained on, and as many that are not, evenly among them.
+
+    Raises:
+        UserError: none would be left.
+    """
+    count = len(pictures)
+    if held_out >= count:
+        raise UserError(
+            f"dataset.held_out: {held_out} of {count} pictures leave none to train on. Hold out at most {count - 1}."
+        )
+    away = {(2 * i + 1) * count // (2 * held_out) for i in range(held_out)}
+    return (
+        [picture for i, picture in enumerate(pictures) if i not in away],
+        [picture for i, picture in enumerate(pictures) if i in away],
+    )
 
 
 def scan(config: DatasetConfig) -> list[Picture]:

@@ -70,6 +70,8 @@ class DatasetConfig(Section):
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     """Mirror half of the draws. Leave off for faces, text and other things with a left and a right."""
+    held_out: Annotated[int, Field(ge=0)] = 0
+    """Pictures, evenly among the others by name, that are not trained on: what is learnt is measured on them."""
     background: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")] = "#ffffff"
     """What shows through transparent pixels."""
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from finetune.base import load_family
-from finetune.dataset import DatasetConfig, Picture, scan
+from finetune.dataset import DatasetConfig, Picture, scan, split
 from finetune.dataset.pixels import decode
 from finetune.errors import UserError
 from finetune.evaluation.prompts import STYLE
@@ -94,15 +94,10 @@ def read(text: str, given: Given) -> Concept:
     return _of_adapter(adapter, given)
 
 
-def split(recipe: Recipe[Any]) -> tuple[list[Picture], list[Picture]]:
-    """A recipe's pictures: those that are trained on, and those that it holds out, of which there are none yet."""
-    return scan(recipe.dataset), []
-
-
 def _of_run(adapter: Adapter, recipe: Recipe[Any], given: Given) -> Concept:
     if given.base is not None:
         raise UserError(f"--base: {adapter.path} is a run, whose recipe names its base. Leave it out.")
-    trained, held_out = split(recipe)
+    trained, held_out = split(scan(recipe.dataset), recipe.dataset.held_out)
     word = rf"(?<!\w){re.escape(recipe.placeholder)}(?!\w)"  # captions may have it instead of `{}`
     captions = [re.sub(word, "{}", caption) for picture in trained for caption in picture.captions]
     prior = recipe.method.prior_half

@@ -276,16 +276,24 @@ class Family(ABC):
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
+        """`looking`, with all that pictures need on the device."""
+        with self.looking():
+            self._move(self.device)
+            try:
+                yield
+            finally:
+                self._move(torch.device("cpu"))
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
         """The trained modules as they are used: no dropout, no gradients, and the random state left alone."""
         was_training = {part: part.training for part in self.parts()}
         with torch.random.fork_rng(), torch.no_grad():
-            self._move(self.device)
             for part in was_training:
                 part.eval()
             try:
                 yield
             finally:
-                self._move(torch.device("cpu"))
                 for part, training in was_training.items():
                     part.train(training)
 
