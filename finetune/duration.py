@@ -19,7 +19,7 @@ from finetune.recipe import Recipe
 from finetune.rehearsal import Work
 
 # Fitted: of an H200 to seven plain steps of the real Stable Diffusion 1.5 and XL, -24 to +34 % off, and to nine that
-# were CUDA graphs, of FLUX.1 too, -40 to +36 % off; of two cores of a Xeon to five recipes of `make bench`, 3 %.
+# were CUDA graphs, of FLUX.1 too, -42 to +29 % off; of two cores of a Xeon to five recipes of `make bench`, 3 %.
 SHARE = {"cuda": 0.3, "cpu": 0.61}  # of the product's speed, in models
 STARTING = {"cuda": 13e-6, "cpu": 20e-6}  # seconds of an operation that computes nothing
 CAPTURED = 0.5, 2.2e-6  # both, of a step that is one CUDA graph

@@ -17,9 +17,17 @@ from PIL import Image
 
 from finetune import tracking
 from finetune.tracking import METRICS_FILE, Trackers
+from finetune.validation import Judged, Measured
 
 LOSSES = [0.5, 0.25, 0.125]
 NAME = "validation/a sks dog"
+MEASURED = {
+    step: {
+        **Measured(step, tuple(0.1 * level + step for level in range(9))).numbers,
+        **Judged(step, i, 0.25, None).numbers,
+    }
+    for step, i in ((0, 0.125), (3, 0.875))
+}
 # A process of its own, since the trackers read their folders from the environment when they are imported.
 WRITE = f"""
 import sys
@@ -30,8 +38,10 @@ from finetune.tracking import Trackers
 quiet()
 trackers = Trackers(("wandb", "tensorboard", "trackio"), Path("run"), "dog", {{"train": {{"steps": 3}}}}, 0)
 trackers.pictures(0, {{"{NAME}": Image.new("RGB", (8, 8), "red")}})
+trackers.numbers(0, {MEASURED[0]})
 for step, loss in enumerate({LOSSES}, 1):
     trackers.numbers(step, {{"loss": loss, "learning_rate/unet": 1e-4}}, ["0.png", "1.png"])
+trackers.numbers(3, {MEASURED[3]})
 trackers.pictures(3, {{"{NAME}": Image.new("RGB", (8, 8), "blue")}})
 assert trackers.close() == {{}}
 assert not any(relay.off for relay in trackers.relays)
@@ -78,7 +88,8 @@ def written(call: Callable[..., str]) -> str:
 def test_every_number_is_in_the_json_lines_with_the_pictures_of_its_step(folder: Path):
     lines = [json.loads(line) for line in (folder / "run" / METRICS_FILE).read_text().splitlines()]
     rest = {"learning_rate/unet": 1e-4, "pictures": ["0.png", "1.png"]}
-    assert lines == [{"step": step, "loss": loss, **rest} for step, loss in enumerate(LOSSES, 1)]
+    steps = [{"step": step, "loss": loss, **rest} for step, loss in enumerate(LOSSES, 1)]
+    assert lines == [{"step": 0, **MEASURED[0]}, *steps, {"step": 3, **MEASURED[3]}]
 
 
 @pytest.mark.usefixtures("written")
@@ -89,6 +100,9 @@ def test_tensorboard_reads_back_numbers_pictures_and_the_recipe(folder: Path):
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == list(enumerate(LOSSES, 1))
     assert len(events.Scalars("learning_rate/unet")) == 3
+    for name, value in MEASURED[3].items():
+        found = events.Scalars(name)
+        assert [event.step for event in found] == [0, 3] and found[1].value == pytest.approx(value)
     pictures = events.Images(NAME)
     assert [(event.step, event.width, event.height) for event in pictures] == [(0, 8, 8), (3, 8, 8)]
     (text,) = events.Tensors("recipe/text_summary")
@@ -106,6 +120,7 @@ def test_wandb_reads_back_numbers_pictures_and_the_recipe_without_an_account(fol
     history = [record["history"] for record in records if record["type"] == "history"]
     text = json.dumps(history)
     assert all(str(loss) in text for loss in LOSSES)
+    assert all(text.count(name) == 2 for name in MEASURED[3])
     assert text.count("image-file") == 2
     assert sorted(int(path.stem.split("_")[-2]) for path in run.rglob("*.png")) == [0, 3]
 
@@ -115,6 +130,10 @@ def test_trackio_reads_back_numbers_pictures_and_the_recipe(folder: Path, call: 
     found = json.loads(call(sys.executable, "-c", READ_TRACKIO).splitlines()[-1])
     assert found["name"] == "dog" and found["config"]["train"] == {"steps": 3}
     assert [(row["step"], row["loss"]) for row in found["logs"] if "loss" in row] == list(enumerate(LOSSES, 1))
+    for name in MEASURED[3]:
+        assert {row["step"]: row[name] for row in found["logs"] if name in row} == {
+            step: pytest.approx(values[name]) for step, values in MEASURED.items()
+        }
     pictures = {row["step"]: row[NAME]["file_path"] for row in found["logs"] if NAME in row}
     colours = [np.asarray(Image.open(folder / "trackio" / "media" / pictures[step]))[0, 0] for step in (0, 3)]
     assert [colour.tolist()[:3] for colour in colours] == [[255, 0, 0], [0, 0, 255]]
