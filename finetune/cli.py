@@ -191,6 +191,7 @@ def check(
     recipe: RecipeName,
     overrides: Overrides = None,
     memory: Annotated[bool, typer.Option("--memory", help="And the GPU memory and the time that it needs.")] = False,
+    card: Annotated[float | None, typer.Option(min=1, help="And how a GPU of so many GiB is enough.")] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
 ) -> None:
     """The recipe and its pictures, before any model is loaded; status 1 with warnings, 2 with errors."""
@@ -201,8 +202,12 @@ def check(
     try:
         report = survey(loaded := _load(recipe, overrides))
         shown = {"lines": report.lines(), "json": report.as_dict()}
-        if memory:
-            _add_needs(loaded, report, shown)
+        if memory or card is not None:
+            from finetune.needs import needs
+
+            captions = [text for picture in report.pictures for text in picture.captions]
+            lines, found = needs(loaded, captions, report.forecast, card)
+            shown = {"lines": shown["lines"] + lines, "json": shown["json"] | found}
     except (UserError, OSError) as error:
         if json:
             print(dumps(failure(error), indent=2))
@@ -357,21 +362,6 @@ def _load(recipe: str, overrides: list[str] | None) -> Any:
     from finetune.recipe import load
 
     return load(recipe, overrides or [])
-
-
-def _add_needs(recipe: Any, report: Any, shown: dict[str, Any]) -> None:
-    """What `check --memory` says on top."""
-    from dataclasses import asdict
-
-    from finetune.duration import duration
-    from finetune.memory import estimate, table
-
-    captions = [text for picture in report.pictures for text in picture.captions]
-    needed = estimate(recipe, captions)
-    time = duration(recipe, needed.work, report.forecast, len(set(captions)))
-    shown["lines"] += [*table(needed), *time.lines()]
-    totals = {"step": needed.step, "run": needed.run, "checkpoint": needed.checkpoint}
-    shown["json"] |= {"memory": {**asdict(needed), **totals}, "time": time.as_dict()}
 
 
 def _print_plan(recipe: Any, pictures: Any, machine: str | None = None) -> None:

@@ -68,7 +68,10 @@ MAY_IMPORT = {
     "quantize": {"families"},
     "schedule": {"config", "student"},
     "methods": {"batch", "config", "export", "families", "lowrank", "registry", "student", "variants", "vocabulary"},
-    "trainer": {"batch", "capture", "dataset", "gpu", "schedule", "stopping", "student"},
+    "needs": {"duration", "forecast", "memory", "recipe"},
+    "judging": {"dataset", "evaluation", "recipe", "validation"},
+    "trainer": {"batch", "capture", "dataset", "gpu", "schedule", "stopping", "student", "validation"},
+    "validation": {"batch", "dataset", "student"},
     "samples": {"dataset", "families", "files", "folder", "grid", "recipe", "render"},
     "delivery": {
         "architectures",
@@ -109,6 +112,7 @@ MAY_IMPORT = {
         "render",
         "student",
     },
+    "report": {"config", "dataset", "evaluation", "export", "files", "folder", "tracking", "validation"},
     "bench": {"base", "families", "recipe", "run"},
     "run": None,  # the wiring
     "cli": None,
