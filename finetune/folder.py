@@ -24,9 +24,9 @@ from finetune.export import LORA_FILE, PIPELINE_FOLDER, WORDS_FILE
 from finetune.files import whole
 from finetune.recipe import Recipe
 
-RECIPE_FILE, GRID_FILE, CARD_FILE = "recipe.yaml", "grid.png", "README.md"
+RECIPE_FILE, GRID_FILE, CARD_FILE, REPORT_FILE = "recipe.yaml", "grid.png", "README.md", "report.html"
 CHECKPOINTS, SAMPLES, EVALUATION, LOCK = "checkpoints", "samples", "evaluation", ".lock"
-WRITTEN = (RECIPE_FILE, LORA_FILE, WORDS_FILE, GRID_FILE, CARD_FILE)
+WRITTEN = (RECIPE_FILE, LORA_FILE, WORDS_FILE, GRID_FILE, CARD_FILE, REPORT_FILE)
 # They change when a result is there and what it takes, but not the result.
 CHANGEABLE = {"train": ("accumulate", "capture", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints")}
 

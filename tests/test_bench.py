@@ -74,7 +74,7 @@ def test_a_peers_step_is_what_longer_runs_of_it_take_longer(tmp_path: Path):
 def test_a_peer_that_fails_is_told_with_the_end_of_what_it_said(tmp_path: Path):
     script = tmp_path / "peer.py"
     script.write_text("import sys; sys.exit('no such base')")
-    with pytest.raises(UserError, match="ended with status 1:(?s:.*)no such base"):
+    with pytest.raises(UserError, match=r"ended with status 1:(?s:.*)no such base"):
         measure_peer(f"{sys.executable} {script} {{steps}}", steps=1)
-    with pytest.raises(UserError, match="needs .steps."):
+    with pytest.raises(UserError, match=r"needs .steps."):
         measure_peer(f"{sys.executable} {script}", steps=1)
