@@ -132,11 +132,15 @@ def evaluate(
     from finetune.evaluation.evaluate import Settings, evaluate, parse_weights
     from finetune.evaluation.studio import Size
     from finetune.evaluation.words import compare, report
+    from finetune.report import show
 
     given, size = Given(photos, base, class_prompt, subject), Size(seeds, weights=parse_weights(weights))
     settings = Settings(prompts, tuple(encoder or ()), size, steps, guidance, output, overwrite)
     found = evaluate(adapters, given, settings)
     print(*(line for each in found for line in report(each)), *(compare(found) if found[1:] else []), sep="\n")
+    for folder in (Path(each.folder).parent for each in found):
+        if (folder / "report.html").exists():  # which a run has, and shows what was found from now on
+            show(folder)
 
 
 @app.command()
@@ -350,10 +354,12 @@ def _carry_out(recipe: Any, *, resume: bool, overwrite: bool) -> None:
         if not at_work.is_main:
             return
         result = at_work.finish()
+    from finetune.report import show
+
     print(*result.notes, f"reloaded into a fresh pipeline: {result.verdict.error:.2%} off what was learnt", sep="\n")
     for file in result.files:
         print(f"{file}  ({_describe(file)})")
-    print(*filter(None, [result.grid, result.card]), sep="\n")
+    print(*filter(None, [result.grid, result.card, show(at_work.folder)]), sep="\n")
     if at_work.unwritten:
         raise UserError([f"{what} could not be written in full ({why})" for what, why in at_work.unwritten.items()])
 

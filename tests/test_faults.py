@@ -139,7 +139,16 @@ def test_a_run_that_is_killed_while_it_exports_leaves_no_adapter_and_exports_aga
     assert Victim("train", recipe, finish=Dies("fsync")).end() == -signal.SIGSYS
     assert not (folder / LORA_FILE).exists() and checkpoints(folder)[-1] == 6
     assert Victim("train", recipe, "--resume").end() == 0
-    names = ["README.md", "checkpoints", "grid.png", "metrics.jsonl", LORA_FILE, "recipe.yaml", "samples"]
+    names = [
+        "README.md",
+        "checkpoints",
+        "grid.png",
+        "metrics.jsonl",
+        LORA_FILE,
+        "recipe.yaml",
+        "report.html",
+        "samples",
+    ]
     assert sorted(path.name for path in folder.iterdir()) == [".lock", *names]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import __version__
-from finetune.errors import UserError
+from finetune.errors import UserError, reason, warn
 from finetune.files import whole
 from finetune.folder import REPORT_FILE
 from finetune.report.markup import Markup, element
@@ -37,6 +37,15 @@ def write_report(folders: Sequence[Path], file: Path | None = None) -> Path:
     with whole(target, overwrite=True) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
     return target
+
+
+def show(folder: Path) -> Path | None:
+    """Write a run's report beside it; without one it is no worse."""
+    try:
+        return write_report([folder])
+    except (UserError, OSError) as error:
+        warn(f"{folder}: its report cannot be written ({reason(error)})")
+        return None
 
 
 def page(runs: Sequence[Run]) -> str:
