@@ -262,7 +262,7 @@ def test_random_flips_are_drawn_anew_while_latents_are_cached(base_folder: Any, 
     pictures = Pictures.from_pictures(scan(config), config, "<it>")
     draws = [pictures.draw(0, position) for position in range(12)]
     assert {draw.crop.flip for draw in draws} == {True, False}
-    encoder.prepare(draws)
+    list(encoder.prepare(draws))
     assert len(encoder.posteriors.kept) == 2
     latents = encoder.posteriors.get({draw.key: draw for draw in draws})
     plain, flipped = (latents[next(draw.key for draw in draws if draw.crop.flip is flip)] for flip in (False, True))
