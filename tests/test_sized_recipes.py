@@ -13,9 +13,9 @@ import real_shapes
 from finetune.errors import UserError
 from finetune.listing import BASES, sized
 from finetune.memory import estimate
+from finetune.needs import CONTEXT, GIB, ROOM
 from finetune.recipe import RECIPES, load
 
-GIB = 2**30
 FAMILIES = {
     "sd15": "stable_diffusion",
     "sdxl": "stable_diffusion_xl",
@@ -23,8 +23,6 @@ FAMILIES = {
     "flux": "flux",
     "z-image": "z_image",
 }
-CONTEXT = 0.5  # GiB of CUDA's own
-ROOM = 0.94  # of a card that is not lost to its display and to fragmentation
 SIZED = sorted(RECIPES.glob("*gb.yaml"))
 
 
