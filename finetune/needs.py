@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,7 @@ from finetune.duration import duration
 from finetune.forecast import Forecast
 from finetune.memory import Memory, estimate, table
 from finetune.recipe import Recipe
+from finetune.shortage import savings
 
 GIB = 2**30
 CONTEXT = 0.5  # GiB of CUDA's own
@@ -56,7 +57,7 @@ def fit(recipe: Recipe[Any], captions: Sequence[str], needed: Memory, card: floa
     settings: dict[str, Any] = {}
     if fits(settings):
         return settings
-    for name, value in _savings(recipe):
+    for name, value in savings(recipe):
         settings[name] = value
         if fits(settings):
             break
@@ -67,24 +68,6 @@ def fit(recipe: Recipe[Any], captions: Sequence[str], needed: Memory, card: floa
         if fits(rest):
             settings = rest
     return settings
-
-
-def _savings(recipe: Recipe[Any]) -> Iterator[tuple[str, Any]]:
-    """Settings that need less memory than the recipe's, by what they cost: first those that learn the same."""
-    train = recipe.train
-    for parts in range(train.accumulate + 1, train.batch_size + 1):
-        if train.batch_size % parts == 0:
-            yield "train.accumulate", parts
-    if not train.gradient_checkpointing:
-        yield "train.gradient_checkpointing", True
-    if recipe.validation.batch_size > 1:
-        yield "validation.batch_size", 1
-    if train.precision == "no":
-        yield "train.precision", "bf16"
-    if train.optimizer == "adamw":
-        yield "train.optimizer", "adamw_8bit"
-    if recipe.base.quantize is None and recipe.method.takes_quantized:
-        yield "base.quantize", "nf4"
 
 
 def _changed(recipe: Recipe[Any], settings: Settings) -> Recipe[Any]:

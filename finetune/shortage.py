@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,35 +67,55 @@ def ways_out(recipe: Recipe[Any], kind: Kind) -> list[str]:
     return lines or ["A smaller base is what is left."]
 
 
+def savings(recipe: Recipe[Any]) -> Iterator[tuple[str, Any]]:
+    """Settings that need less memory than the recipe's, by what they cost: first those that learn the same."""
+    train = recipe.train
+    for parts in range(train.accumulate + 1, train.batch_size + 1):
+        if train.batch_size % parts == 0:
+            yield "train.accumulate", parts
+    if not train.gradient_checkpointing:
+        yield "train.gradient_checkpointing", True
+    if recipe.validation.batch_size > 1:
+        yield "validation.batch_size", 1
+    if train.precision == "no":
+        yield "train.precision", "bf16"
+    if train.optimizer == "adamw":
+        yield "train.optimizer", "adamw_8bit"
+    if recipe.base.quantize is None and recipe.method.takes_quantized:
+        yield "base.quantize", "nf4"
+
+
 def _while_drawing(recipe: Recipe[Any]) -> tuple[list[str], list[str]]:
-    shown = recipe.validation.batch_size
-    return [f"validation.batch_size=1, not {shown} pictures at once"] * (shown > 1), []
+    return _told(recipe, {"validation.batch_size": f"not {recipe.validation.batch_size} pictures at once"}, ", "), []
 
 
 def _while_training(recipe: Recipe[Any]) -> tuple[list[str], list[str]]:
-    train = recipe.train
-    same, other = [], []
-    finer = [parts for parts in range(train.accumulate + 1, train.batch_size + 1) if train.batch_size % parts == 0]
-    if finer:
-        parts = f"{finer[0]}, up to {finer[-1]}" if finer[1:] else f"{finer[0]}"
-        same.append(f"train.accumulate={parts} (a step in more parts, hardly slower)")
-    if not train.gradient_checkpointing:
-        same.append("train.gradient_checkpointing=true (about a third slower)")
-    if train.precision == "no":
-        other.append("train.precision=bf16 (half of the activations, on a GPU)")
-    if train.optimizer == "adamw":
-        other.append("train.optimizer=adamw_8bit (2 bytes for each trained weight, not 8)")
-    return same, other
+    same = {
+        "train.accumulate": "(a step in more parts, hardly slower)",
+        "train.gradient_checkpointing": "(about a third slower)",
+    }
+    other = {
+        "train.precision": "(half of the activations, on a GPU)",
+        "train.optimizer": "(2 bytes for each trained weight, not 8)",
+    }
+    return _told(recipe, same), _told(recipe, other)
 
 
 def _smaller(recipe: Recipe[Any]) -> list[str]:
-    found = []
-    if recipe.base.quantize is None and recipe.method.takes_quantized:
-        found.append("base.quantize=nf4 (the frozen weights in 4 bits)")
+    found = _told(recipe, {"base.quantize": "(the frozen weights in 4 bits)"})
     lower = recipe.dataset.resolution * 3 // 4 // STEPS_OF_RESOLUTION * STEPS_OF_RESOLUTION
     if lower:
         found.append(f"dataset.resolution={lower} (about half of the activations)")
     return found
+
+
+def _told(recipe: Recipe[Any], costs: Mapping[str, str], between: str = " ") -> list[str]:
+    """Those of the savings whose costs are told; of one setting the first value, and the last it may go to."""
+    values: dict[str, list[str]] = {}
+    for name, value in savings(recipe):
+        values.setdefault(name, []).append(str(value).lower() if value is True else str(value))
+    shown = {name: f"{found[0]}, up to {found[-1]}" if found[1:] else found[0] for name, found in values.items()}
+    return [f"{name}={shown[name]}{between}{cost}" for name, cost in costs.items() if name in shown]
 
 
 def _short(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finetune.batch import Encoder
 from finetune.dataset import Draw, Pictures
+from finetune.evaluation.metrics import balance
 from finetune.student import Student, predict
 
 LEVELS = 9
@@ -63,8 +64,7 @@ class Judged:
         shares = [(self.identity - base.identity) / way if way > 0 else 0.0]
         if self.prompt is not None and base.prompt is not None and base.prompt > 0:
             shares.append(self.prompt / base.prompt)
-        shares = [min(max(share, 0.0), 1.0) for share in shares]
-        return len(shares) / sum(1 / share for share in shares) if all(shares) else 0.0
+        return balance(*shares)
 
 
 class Validation:

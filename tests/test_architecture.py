@@ -68,10 +68,10 @@ MAY_IMPORT = {
     "quantize": {"families"},
     "schedule": {"config", "student"},
     "methods": {"batch", "config", "export", "families", "lowrank", "registry", "student", "variants", "vocabulary"},
-    "needs": {"duration", "forecast", "memory", "recipe"},
+    "needs": {"duration", "forecast", "memory", "recipe", "shortage"},
     "judging": {"dataset", "evaluation", "recipe", "validation"},
     "trainer": {"batch", "capture", "dataset", "gpu", "schedule", "stopping", "student", "validation"},
-    "validation": {"batch", "dataset", "student"},
+    "validation": {"batch", "dataset", "evaluation", "student"},
     "samples": {"dataset", "families", "files", "folder", "grid", "recipe", "render"},
     "delivery": {
         "architectures",

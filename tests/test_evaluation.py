@@ -21,9 +21,10 @@ from finetune.errors import UserError
 from finetune.evaluation.concept import Given, phrases
 from finetune.evaluation.evaluate import Settings, evaluate
 from finetune.evaluation.files import state
+from finetune.evaluation.metrics import balance
 from finetune.evaluation.prompts import Prompts, names
 from finetune.evaluation.result import Evaluation, Sweep, WeightScore
-from finetune.evaluation.scoring import balance, choose
+from finetune.evaluation.scoring import choose
 from finetune.evaluation.studio import Size
 from finetune.generate import generate
 from finetune.load import Adapter

@@ -83,3 +83,9 @@ def nearest(pictures: Tensor, photos: Tensor) -> tuple[Tensor, Tensor]:
     """The highest cosine of each picture (N, D) with a photo (M, D), and which photo that is: (N,) twice."""
     found = (pictures @ photos.T).max(1)
     return found.values, found.indices
+
+
+def balance(*shares: float | None) -> float:
+    """The harmonic mean of shares, each cut to 0..1, with 0 for none: low as soon as one of them is."""
+    cut = [min(max(share or 0.0, 0.0), 1.0) for share in shares]
+    return len(cut) / sum(1 / share for share in cut) if all(cut) else 0.0

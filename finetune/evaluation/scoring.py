@@ -141,7 +141,7 @@ def weigh(first: Seen, reader: Seen | None) -> Sweep | None:
         rows = torch.tensor([i for i in same.tolist() if first.shots[i].weight == weight])
         values = first.identity, reader.following, reader.contrast
         identity, following, contrast = (float(value[rows].mean()) for value in values)
-        reached = balance(likeness(identity, low, high), contrast / base if base > 0 else None)
+        reached = metrics.balance(likeness(identity, low, high), contrast / base if base > 0 else None)
         scores.append(WeightScore(weight, identity, following, contrast, reached))
     return Sweep(len(few), tuple(scores), choose(scores))
 
@@ -153,12 +153,6 @@ def choose(scores: Sequence[WeightScore]) -> float | None:
         return None
     equal = [score.weight for score in scores if score.balance >= highest - ALIKE]
     return min(equal, key=lambda weight: abs(weight - 1))
-
-
-def balance(likeness: float | None, kept: float | None) -> float:
-    """The harmonic mean of two shares, cut to 0..1: low as soon as one of them is."""
-    first, second = (min(max(share or 0.0, 0.0), 1.0) for share in (likeness, kept))
-    return 2 * first * second / (first + second) if first + second else 0.0
 
 
 def find_worst(first: Seen, reader: Seen | None, prompts: Prompts) -> Worst:
