@@ -6,8 +6,11 @@ is thousands of kernels, each of which takes longer to launch than to run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import gc
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +47,7 @@ class Captured:
     def __init__(self, work: Work, parameters: Sequence[nn.Parameter]):
         self.work = work
         self.parameters = parameters
-        self.stream = torch.cuda.Stream()
+        self.stream = _stream(torch.cuda.current_device())
         self.pool = torch.cuda.graph_pool_handle()
         self.recordings: dict[Hashable, Recording] = {}
         self.seen: set[Hashable] = set()
@@ -76,7 +79,7 @@ class Captured:
         self._forget_gradients()
         torch.cuda.empty_cache()  # what the usual step has left is of no use to a graph, which has memory of its own
         graph, own = torch.cuda.CUDAGraph(), [batch.map(torch.clone) for batch in batches]
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with _nothing_is_freed(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = self.work(own)
         gradients = [parameter.grad for parameter in self.parameters]
         return Recording(graph, own, result, gradients)
@@ -93,11 +96,37 @@ class Captured:
     def _give_up(self, error: Exception) -> None:
         self.given_up = True
         self._forget_gradients()
+        _renew_generator()
         warn(f"the step runs as usual and not as one CUDA graph: {reason(error)}")
 
     def _forget_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all runs of a process: for each that it is given, cuBLAS keeps memory that is never freed."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _nothing_is_freed() -> Iterator[None]:
+    """What an earlier run has left, collected now, would end the recording."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _renew_generator() -> None:
+    """The device's generator: a recording that failed leaves it believing that it is still recorded."""
+    device = torch.cuda.current_device()
+    fresh = torch.Generator(device=f"cuda:{device}")
+    torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def obstacle(accelerator: Any) -> str | None:

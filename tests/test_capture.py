@@ -5,6 +5,7 @@ What needs a GPU is skipped without one.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,25 @@ def test_what_cannot_be_captured_runs_as_usual_and_says_why(
     torch.testing.assert_close(found, plain)
     assert not at_work.trainer.work.recordings
     assert capsys.readouterr().err.count("the step runs as usual and not as one CUDA graph") == 1
+    assert torch.rand(2, device="cuda").isfinite().all()  # which a generator that believes in a recording refuses
+
+
+@ON_A_GPU
+def test_many_runs_of_one_process_are_captured_alike_and_leave_nothing_behind(base_folder: Any, tmp_path: Path):
+    base, found, left = base_folder("stable_diffusion"), [], []
+    thresholds = gc.get_threshold()
+    try:
+        for count in range(6):
+            gc.set_threshold(100, 1, 1)  # what the run before has left is collected anywhere
+            own, at_work = losses(base, tmp_path / str(count), "lora")
+            gc.set_threshold(*thresholds)
+            assert len(at_work.trainer.work.recordings) == 1
+            found.append(own)
+            del at_work
+            gc.collect()
+            torch.cuda.empty_cache()
+            left.append(torch.cuda.memory_reserved())
+    finally:
+        gc.set_threshold(*thresholds)
+    assert found == [found[0]] * 6
+    assert left[-1] <= left[1]
