@@ -50,6 +50,17 @@ def test_only_what_is_missing_is_made(tmp_path: Path):
     assert make(tmp_path, 2) == []
 
 
+def test_what_another_run_made_meanwhile_stays(tmp_path: Path):
+    def paint(seeds: Sequence[int]) -> list[Image.Image]:
+        make(tmp_path)  # by another run, while this one is at it
+        return [Image.new("RGB", (8, 8)) for _ in seeds]
+
+    REQUEST.make(tmp_path, range(5), paint, 2)
+    before = contents(tmp_path)
+    np.testing.assert_array_equal(before, [np.asarray(image) for image in Painter()(range(3, 8))])
+    assert not list(REQUEST.folder(tmp_path).glob(".*"))
+
+
 def test_the_pictures_are_lossless_and_captioned_with_their_prompt(tmp_path: Path):
     make(tmp_path)
     painted = [np.asarray(image) for image in Painter()(range(3, 8))]
