@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def prepare(
             on_main(accelerator, lambda: folder.check(resume=resume, overwrite=overwrite))
             found = folder.newest() if resume else None
             torch.manual_seed(recipe.train.seed)
+            if torch.cuda.is_available():
+                gc.collect()  # what an earlier run of this process has left: its parts know each other
             with explained(recipe, "loading the base", "else"):
                 family = (load or load_family)(recipe)
                 family.to(accelerator.device)
@@ -196,6 +199,8 @@ class Run:
                 self._judge(self.first, list(self.samples.load(self.first).values()), trackers)
             with tqdm(total=total, initial=self.first, desc="training", disable=not self.is_main) as bar:
                 self._steps(bar, trackers)
+            if trackers is not None:
+                trackers.numbers(self.trainer.step, self.trainer.cost())
         except Stopped:
             raise Stopped(self._together(self._stopped)) from None
         except NonFiniteLoss as error:
@@ -214,7 +219,7 @@ class Run:
             bar.update()
             bar.set_postfix(loss=f"{report.loss:.4f}")
             if trackers is not None:
-                trackers.numbers(report.step, _numbers(report), [Path(draw.path).name for draw in report.draws])
+                trackers.numbers(report.step, report.numbers, [Path(draw.path).name for draw in report.draws])
             self.told = report.step
             enough = self._keep(report.step, trackers)
             if report.stopping:
@@ -388,11 +393,6 @@ class Run:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _numbers(report: Report) -> dict[str, float]:
-    rates = {f"learning_rate/{name}": rate for name, rate in report.learning_rates.items()}
-    return {"loss": report.loss, "grad_norm": report.grad_norm, **rates}
 
 
 def _lost_peer(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ class Report:
     draws: Sequence[Draw]  # of all processes: the concept's, then the prior's
     stopping: bool  # some process was asked to stop; all of them see it at the same step
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """As the metrics have them."""
+        rates = {f"learning_rate/{name}": rate for name, rate in self.learning_rates.items()}
+        return {"loss": self.loss, "grad_norm": self.grad_norm, **rates}
+
 
 class Trainer:
     """Steps that depend on (seed, step) and the weights alone.
@@ -67,6 +74,7 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator
         self.step = 0
+        self.begun, self.spent = time.monotonic(), 0.0  # this session's start, and the seconds of those before
         self.encoded = False  # whether that is done, of what is frozen
         self.work: Work | None = None  # what a step asks of the device, once that is known
         self.ahead: tuple[int, list[Draw], list[Batch]] | None = None  # a step, its draws and its batches
@@ -288,11 +296,20 @@ class Trainer:
         finally:
             self.ema.restore(self.student.parameters())
 
+    def cost(self) -> dict[str, float]:
+        """What the run took so far: seconds, those before it was continued included, and GiB that torch took of a
+        GPU at most."""
+        seconds = {"seconds": self.spent + time.monotonic() - self.begun}
+        if self.accelerator.device.type != "cuda":
+            return seconds
+        return seconds | {"peak_gib": torch.cuda.max_memory_reserved(self.accelerator.device) / 2**30}
+
     def state(self) -> dict[str, Any]:
         """All that the next step depends on."""
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
+            "seconds": self.cost()["seconds"],
             "weights": dict(self.student.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -301,7 +318,7 @@ class Trainer:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.step, self.spent = state["step"], state.get("seconds", 0.0)
         self.student.load_state_dict(state["weights"])
         self.work = self.ahead = None
         restore(self.optimizer, state["optimizer"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -82,6 +83,12 @@ def recipe(
     for section, values in sections.items():
         tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
     return build(Recipe[methods[method]], tree)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """A run's metrics, but what it took, which is never twice the same."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if "seconds" not in line]
 
 
 def train_on_two(recipe: Path) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -272,11 +271,11 @@ def test_two_processes_see_the_buckets_of_one(base_folder: Any, tmp_path: Path):
     ]
     at_work = run.prepare(recipes[0])
     at_work.loop()
-    alone = [json.loads(line) for line in (at_work.folder / "metrics.jsonl").read_text().splitlines()]
+    alone = lessons.lines(at_work.folder)
     (tmp_path / "recipe.yaml").write_text(recipes[1].to_yaml())
     done = lessons.train_on_two(tmp_path / "recipe.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
-    together = [json.loads(line) for line in (tmp_path / "two/run/metrics.jsonl").read_text().splitlines()]
+    together = lessons.lines(tmp_path / "two" / "run")
     for one, two in zip(alone, together, strict=True):
         assert one["pictures"] == two["pictures"]
         assert math.isclose(one["loss"], two["loss"], rel_tol=1e-4)

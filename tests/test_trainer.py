@@ -41,7 +41,7 @@ def weights(at_work: run.Run) -> dict[str, torch.Tensor]:
 
 
 def lines(at_work: run.Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (at_work.folder / "metrics.jsonl").read_text().splitlines()]
+    return lessons.lines(at_work.folder)
 
 
 def hard(base_folder: Any, case: tuple[str, ...], output: Path, pictures: Path, **train: Any) -> Any:
@@ -141,7 +141,7 @@ def test_two_processes_see_the_samples_of_one_and_learn_the_same(base_folder: An
     done = lessons.train_on_two(tmp_path / "recipe.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x " in done.stdout
-    together = [json.loads(line) for line in (tmp_path / "2/run/metrics.jsonl").read_text().splitlines()]
+    together = lessons.lines(tmp_path / "2" / "run")
     for one, two in zip(lines(alone), together, strict=True):
         assert one["pictures"] == two["pictures"]
         assert math.isclose(one["loss"], two["loss"], rel_tol=1e-4)
@@ -150,6 +150,22 @@ def test_two_processes_see_the_samples_of_one_and_learn_the_same(base_folder: An
     ours, theirs = load_file(tmp_path / "1" / file), load_file(tmp_path / "2" / file)
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_run_took_is_told_once_and_counts_all_its_sessions(base_folder: Any, tmp_path: Path):
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain", train={"checkpoint_every": 2})
+    at_work = run.prepare(recipe)
+    at_work.trainer.spent = 100.0
+    reports = at_work.trainer.steps()
+    next(reports), next(reports)
+    at_work.save_checkpoint()
+    at_work.output.close()
+    again = run.prepare(recipe, resume=True)
+    again.loop()
+    text = (again.folder / "metrics.jsonl").read_text()
+    [took] = [json.loads(line) for line in text.splitlines() if "seconds" in line]
+    assert 100 < took["seconds"] < 200 and took["step"] == recipe.train.steps
+    assert ("peak_gib" in took) == torch.cuda.is_available()
 
 
 def test_validation_pictures_disturb_nothing(base_folder: Any, tmp_path: Path):
