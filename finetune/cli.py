@@ -61,9 +61,10 @@ def train(
     """Train, export, and prove that the exported files hold what was learnt."""
     loaded = _load(recipe, overrides)
     from finetune import run
+    from finetune.session import carry_out
 
     try:
-        _carry_out(loaded, resume=resume, overwrite=overwrite)
+        carry_out(loaded, resume=resume, overwrite=overwrite)
     except run.Stopped as stopped:
         if str(stopped):  # one process of several speaks for all
             print(stopped, file=sys.stderr)
@@ -149,6 +150,23 @@ def report(runs: list[Path], output: OutputFile = None) -> None:
     from finetune.report import write_report
 
     print(write_report(runs, output))
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, such as data/studies/defaults.yaml.")],
+    only: Annotated[list[str] | None, typer.Option(help="A comparison of it; may stand several times.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+) -> None:
+    """Compare settings: teach the same concepts by several recipes, and judge them alike. Goes on where it was."""
+    from finetune.stopping import Stopped
+    from finetune.study.study import run_study
+
+    try:
+        print(run_study(file, only=only or (), jobs=jobs))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(130)
 
 
 @app.command()
@@ -338,57 +356,10 @@ def version() -> None:
     print(__version__)
 
 
-def _carry_out(recipe: Any, *, resume: bool, overwrite: bool) -> None:
-    """A run from start to end, in words."""
-    from finetune import run
-    from finetune.plan import warnings
-
-    stop = run.Stop()
-    with stop.listening():
-        at_work = run.prepare(recipe, resume=resume, overwrite=overwrite, stop=stop)
-        if at_work.is_main:
-            _print_plan(recipe, at_work.pictures, at_work.describe_machine())
-            for text in [*warnings(recipe, at_work.pictures), *at_work.warnings()]:
-                print(f"warning: {text}")
-        at_work.loop()
-        if not at_work.is_main:
-            return
-        result = at_work.finish()
-    from finetune.report import show
-
-    print(*result.notes, f"reloaded into a fresh pipeline: {result.verdict.error:.2%} off what was learnt", sep="\n")
-    for file in result.files:
-        print(f"{file}  ({_describe(file)})")
-    print(*filter(None, [result.grid, result.card, show(at_work.folder)]), sep="\n")
-    if at_work.unwritten:
-        raise UserError([f"{what} could not be written in full ({why})" for what, why in at_work.unwritten.items()])
-
-
 def _load(recipe: str, overrides: list[str] | None) -> Any:
     from finetune.recipe import load
 
     return load(recipe, overrides or [])
-
-
-def _print_plan(recipe: Any, pictures: Any, machine: str | None = None) -> None:
-    from finetune.plan import plan
-
-    lines = plan(recipe, pictures) | ({"machine": machine} if machine else {})
-    for title, text in lines.items():
-        print(one_line(f"{title:10}{text}"))
-
-
-def _describe(file: Path) -> str:
-    """Its size and, where a file holds less than was trained, how much it kept."""
-    from finetune.files import read_shapes
-
-    header = read_shapes(file)[1]
-    kept = [
-        f"{float(share):.1%} of the change of {name.removeprefix('energy_kept.')}"
-        for name, share in header.items()
-        if name.startswith("energy_kept.")
-    ]
-    return ", ".join([f"{file.stat().st_size / 1000:,.1f} kB", *kept])
 
 
 def _headline(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -241,8 +241,14 @@ def _explain(schema: type[Section], error: Mapping[str, Any]) -> list[str]:
 
 def _keys(schema: type[BaseModel], parents: Sequence[Any]) -> list[str]:
     for part in parents:
-        if isinstance(part, int):  # a place in a list, whose schema the list has given already
-            continue
-        kinds = [schema.model_fields[part].annotation, *get_args(schema.model_fields[part].annotation)]
-        schema = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+        if part in schema.model_fields:  # or else a place in a list or a name, whose schema is known already
+            schema = next(_schemas(schema.model_fields[part].annotation), schema)
     return list(schema.model_fields)
+
+
+def _schemas(kind: Any) -> Iterator[type[BaseModel]]:
+    """Those that stand in a type: `dict[str, S]` has S."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for inner in get_args(kind):
+        yield from _schemas(inner)

@@ -57,7 +57,8 @@ class LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(rows, inner, weight, down, up)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         ctx.set_materialize_grads(False)  # to know the layers whose answer nobody took
-        return result.view(*x.shape[:-1], len(weight)).split(len(weight) // count, dim=-1)
+        answers = result.view(*x.shape[:-1], len(weight))
+        return (answers,) if count == 1 else answers.split(len(weight) // count, dim=-1)
 
     @staticmethod
     @once_differentiable

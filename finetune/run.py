@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from finetune import checkpoint
 from finetune.base import load_family
 from finetune.card import write_card
+from finetune.cost import Cost
 from finetune.dataset import Picture, Pictures, split
 from finetune.delivery import Delivery, complaint, named, not_compared
 from finetune.errors import UserError, reason, warn
@@ -72,8 +72,7 @@ def prepare(
             on_main(accelerator, lambda: folder.check(resume=resume, overwrite=overwrite))
             found = folder.newest() if resume else None
             torch.manual_seed(recipe.train.seed)
-            if torch.cuda.is_available():
-                gc.collect()  # what an earlier run of this process has left: its parts know each other
+            cost = Cost()
             with explained(recipe, "loading the base", "else"):
                 family = (load or load_family)(recipe)
                 family.to(accelerator.device)
@@ -81,6 +80,7 @@ def prepare(
                 folder.check_base(found, family.fingerprint)
             on_main(accelerator, lambda: folder.open(resume=resume, overwrite=overwrite))
             trainer = make_trainer(recipe, trained, family, accelerator)
+            trainer.cost = cost
             if held_out:
                 unseen = Pictures.from_pictures(held_out, recipe.dataset, recipe.placeholder)
                 trainer.validation = Validation(unseen, recipe.train.seed)
@@ -200,7 +200,7 @@ class Run:
             with tqdm(total=total, initial=self.first, desc="training", disable=not self.is_main) as bar:
                 self._steps(bar, trackers)
             if trackers is not None:
-                trackers.numbers(self.trainer.step, self.trainer.cost())
+                trackers.numbers(self.trainer.step, self.trainer.cost.numbers())
         except Stopped:
             raise Stopped(self._together(self._stopped)) from None
         except NonFiniteLoss as error:

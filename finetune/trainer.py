@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from finetune.batch import Batch, Encoder
 from finetune.capture import Captured, Work, obstacle
+from finetune.cost import Cost
 from finetune.dataset import Draw, Pictures
 from finetune.dataset.buckets import Shapes
 from finetune.errors import UserError, warn
@@ -74,7 +74,7 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator
         self.step = 0
-        self.begun, self.spent = time.monotonic(), 0.0  # this session's start, and the seconds of those before
+        self.cost = Cost()
         self.encoded = False  # whether that is done, of what is frozen
         self.work: Work | None = None  # what a step asks of the device, once that is known
         self.ahead: tuple[int, list[Draw], list[Batch]] | None = None  # a step, its draws and its batches
@@ -296,20 +296,12 @@ class Trainer:
         finally:
             self.ema.restore(self.student.parameters())
 
-    def cost(self) -> dict[str, float]:
-        """What the run took so far: seconds, those before it was continued included, and GiB that torch took of a
-        GPU at most."""
-        seconds = {"seconds": self.spent + time.monotonic() - self.begun}
-        if self.accelerator.device.type != "cuda":
-            return seconds
-        return seconds | {"peak_gib": torch.cuda.max_memory_reserved(self.accelerator.device) / 2**30}
-
     def state(self) -> dict[str, Any]:
         """All that the next step depends on."""
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
-            "seconds": self.cost()["seconds"],
+            "cost": self.cost.numbers(),
             "weights": dict(self.student.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -318,7 +310,7 @@ class Trainer:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        self.step, self.spent = state["step"], state.get("seconds", 0.0)
+        self.step, self.cost.before = state["step"], state.get("cost", {})
         self.student.load_state_dict(state["weights"])
         self.work = self.ahead = None
         restore(self.optimizer, state["optimizer"])

@@ -385,6 +385,12 @@ def test_a_mistake_is_named_before_anything_is_drawn(
     assert not (taught / "evaluation").exists()
 
 
+def test_all_mistakes_are_named_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    told = say(["nowhere", "nothing", "--prompts", "object"], capsys, monkeypatch)
+    assert told.count("error: ") == 3
+    assert all(said in told for said in ("nowhere does not exist", "nothing does not exist", "Did you mean 'objects'?"))
+
+
 def test_a_base_of_other_weights_is_named(
     taught: Path, settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -58,6 +58,8 @@ def test_the_floor_is_the_identity_of_the_nearest_quarter():
     pictures, real = units(8), units(3, seed=1)
     best = sorted(metrics.identity(pictures, real).tolist())[-2:]
     assert metrics.floor(pictures, real) == pytest.approx(sum(best) / 2, abs=1e-6)
+    mean = float(metrics.identity(pictures, real).mean())
+    assert metrics.floor(pictures, real, is_style=True) == pytest.approx(mean, abs=1e-6)
 
 
 def test_spread_is_the_mean_distance_of_all_pairs():

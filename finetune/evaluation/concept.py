@@ -63,6 +63,7 @@ class Concept:
     held_out: tuple[Photo, ...]  # photos of the concept that training never saw
     open_base: Callable[[], Family]  # a fresh one, without the adapter
     base: str
+    opened: str  # all that decides how the base is opened
     size: int | None  # pixels of a side; without it, the base's own
     steps: int
     guidance: float
@@ -115,6 +116,7 @@ def _of_run(adapter: Adapter, recipe: Recipe[Any], given: Given) -> Concept:
         held_out=_opened(held_out, recipe.dataset.background),
         open_base=lambda: load_family(recipe),
         base=recipe.base.source,
+        opened=repr(recipe.base),
         size=recipe.dataset.resolution,
         steps=recipe.validation.steps,
         guidance=recipe.validation.guidance,
@@ -147,6 +149,7 @@ def _of_adapter(adapter: Adapter, given: Given) -> Concept:
         held_out=(),
         open_base=lambda: _open(base or "", zero_terminal_snr=said.get("zero_terminal_snr") == "true"),
         base=base or "",
+        opened=base or "",
         size=None,
         steps=usual.steps,
         guidance=usual.guidance,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from finetune.evaluation.concept import Concept, Given
 from finetune.evaluation.encoders import EMBEDDED, Encoder
 from finetune.evaluation.prompts import Prompts
 from finetune.evaluation.result import Evaluation
-from finetune.evaluation.studio import Shot, Size, check, draw, plan
+from finetune.evaluation.studio import Known, Pictures, Shot, Size, check, draw, plan
 from finetune.folder import EVALUATION
 
 LIBRARIES = ("torch", "transformers", "diffusers")
@@ -55,14 +55,33 @@ class Job:
     def guidance(self) -> float:
         return self.concept.guidance if self.settings.guidance is None else self.settings.guidance
 
-    def carry_out(self, encoders: Sequence[Encoder], bar: tqdm) -> Evaluation:
+    @property
+    def encoder(self) -> str:
+        """What judges unless another is named: what lies beside the base, or else the embedded base's."""
+        beside = Path(self.concept.base) / EMBEDDED.name
+        return str(beside if beside.is_dir() else EMBEDDED)
+
+    def carry_out(self, encoders: Sequence[Encoder], bar: tqdm, known: Known) -> Evaluation:
         """Draw, judge, and write the folder whole."""
-        pictures, drift = draw(self.concept, self.shots, self.steps, self.guidance, bar.update)
+        found, pictures = self.look(encoders, known, bar.update)
+        files.write(found, pictures, self.folder)
+        return found
+
+    def look(
+        self, encoders: Sequence[Encoder], known: Known, tick: Callable[[int], object] = bool
+    ) -> tuple[Evaluation, Pictures]:
+        """Draw and judge, and write nothing.
+
+        Args:
+            known: what the base alone drew for other jobs; it grows.
+            tick: called with the number of pictures that were finished.
+        """
+        pictures, drift = draw(self.concept, self.shots, self.steps, self.guidance, tick, known)
         every = [scoring.Seen.by(encoder, self.concept, self.prompts, pictures) for encoder in encoders]
         reader = next((seen for seen in every if seen.following is not None), None)
         copying, nearest = scoring.find_copies(every[0], self.concept)
         concept, size = self.concept, self.settings.size
-        found = Evaluation(
+        return Evaluation(
             name=concept.name,
             adapter=str(concept.adapter.path),
             weight=concept.adapter.weight,
@@ -86,9 +105,7 @@ class Job:
             worst=scoring.find_worst(every[0], reader, self.prompts),
             notes=tuple(self.notes(encoders)),
             pictures=scoring.table(every, nearest),
-        )
-        files.write(found, pictures, self.folder)
-        return found
+        ), pictures
 
     def notes(self, encoders: Sequence[Encoder]) -> list[str]:
         """What a reader of the scores must know."""
@@ -118,10 +135,10 @@ def evaluate(adapters: Sequence[str], given: Given | None = None, settings: Sett
         UserError: something cannot be read or written; it is said before anything is drawn.
     """
     given, settings = given or Given(), settings or Settings()
-    jobs, problems = [], []
+    jobs, problems = [], _wrong_prompts(settings.prompts)
     for text in adapters:
         try:
-            jobs.append(_prepare(text, given, settings, several=len(adapters) > 1))
+            jobs.append(prepare(text, given, settings, several=len(adapters) > 1))
         except UserError as error:
             problems += error.problems
     twice = {job.folder for job in jobs if [other.folder for other in jobs].count(job.folder) > 1}
@@ -130,12 +147,13 @@ def evaluate(adapters: Sequence[str], given: Given | None = None, settings: Sett
         for folder in sorted(twice)
     ]
     if problems:
-        raise UserError(problems)
+        raise UserError(dict.fromkeys(problems))
     encoders = [Encoder.load(name) for name in dict.fromkeys(settings.encoders or [_default_encoder(jobs)])]
     for job in jobs:
         check(job.concept)
     with tqdm(total=sum(len(job.shots) for job in jobs), desc="pictures") as bar:
-        found = [job.carry_out(encoders, bar) for job in jobs]
+        known: Known = {}
+        found = [job.carry_out(encoders, bar, known) for job in jobs]
     if settings.output is not None and len(jobs) > 1:
         files.write_summary(found, settings.output)
     return found
@@ -152,7 +170,12 @@ def parse_weights(text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(weights))
 
 
-def _prepare(text: str, given: Given, settings: Settings, *, several: bool) -> Job:
+def prepare(text: str, given: Given, settings: Settings, *, several: bool = False) -> Job:
+    """Check and plan one adapter's evaluation.
+
+    Raises:
+        UserError: something of it cannot be read or written.
+    """
     concept = concepts.read(text, given)
     prompts = Prompts.load(settings.prompts or _default_prompts(concept))
     if concept.class_prompt is None and not prompts.is_style:
@@ -168,6 +191,16 @@ def _prepare(text: str, given: Given, settings: Settings, *, several: bool) -> J
     return Job(concept, prompts, plan(concept, prompts, settings.size), settings, folder)
 
 
+def _wrong_prompts(prompts: str | None) -> list[str]:
+    """What is wrong with the list that is asked for, which is then said with all else."""
+    try:
+        if prompts is not None:
+            Prompts.load(prompts)
+    except UserError as error:
+        return error.problems
+    return []
+
+
 def _has_embedded(base: str) -> bool:
     return Path(base).resolve() == EMBEDDED.parent.resolve()
 
@@ -179,6 +212,6 @@ def _default_prompts(concept: Concept) -> str:
 
 
 def _default_encoder(jobs: Sequence[Job]) -> str:
-    """What lies beside the base, or else the embedded base's."""
-    beside = {Path(job.concept.base) / EMBEDDED.name for job in jobs}
-    return str(next(iter(beside)) if len(beside) == 1 and all(path.is_dir() for path in beside) else EMBEDDED)
+    """One for all, that they can be compared."""
+    each = {job.encoder for job in jobs}
+    return each.pop() if len(each) == 1 else str(EMBEDDED)

@@ -35,14 +35,15 @@ def ceiling(photos: Tensor, others: Tensor) -> float | None:
     return float(alike.sum() / (len(photos) * (len(real) - 1)))
 
 
-def floor(pictures: Tensor, photos: Tensor) -> float:
+def floor(pictures: Tensor, photos: Tensor, *, is_style: bool = False) -> float:
     """How alike to the photos (M, D) the base's pictures of the class (N, D) are that are nearest to them.
 
     The mean `identity` of the nearest quarter: others of the class that happen to look like the subject. An adapter
-    that is not above it has at best taught which kind of its class the subject is.
+    that is not above it has at best taught which kind of its class the subject is. A style has no class: what is
+    nearest to its photos shows the same things, so there the mean is that of all, which show what the style's do.
     """
     found = identity(pictures, photos)
-    return float(found.topk(max(1, len(found) // 4)).values.mean())
+    return float((found if is_style else found.topk(max(1, len(found) // 4)).values).mean())
 
 
 def following(pictures: Tensor, prompts: Tensor) -> Tensor:

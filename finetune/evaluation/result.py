@@ -33,7 +33,7 @@ class EncoderScores:
 
     encoder: str
     identity: Score  # the subject's pictures with the photos: higher is better, up to the ceiling
-    floor: float  # the base's pictures of the class that are nearest to the photos
+    floor: float  # metrics.floor: the base's pictures of the class that are nearest to the photos
     ceiling: float | None  # the photos with each other
     following: Score | None  # CLIP-T of the subject's pictures: higher is better, up to the base's
     following_base: float | None  # of the base's pictures of the class in the same prompts
@@ -56,6 +56,13 @@ class EncoderScores:
         if self.contrast is None or self.contrast_base is None or self.contrast_base <= 0:
             return None
         return self.contrast.value / self.contrast_base
+
+    @property
+    def class_moved(self) -> float | None:
+        """The share of the way that pictures of the class went from the base's to the photos of the subject; none where
+        there is no such way."""
+        end = self.identity.value if self.ceiling is None else self.ceiling
+        return likeness(self.prior_resemblance.value, self.prior_resemblance_base, end)
 
 
 def likeness(identity: float, floor: float, ceiling: float | None) -> float | None:

@@ -41,6 +41,7 @@ class Seen:
     identity: Tensor  # (N,)
     following: Tensor | None  # (N,)
     contrast: Tensor | None  # (N,), of pictures of the list's prompts; of others it says nothing
+    is_style: bool
 
     @classmethod
     def by(cls, encoder: Encoder, concept: Concept, prompts: Prompts, pictures: Pictures) -> Seen:
@@ -55,7 +56,7 @@ class Seen:
         own = torch.tensor([shot.index % len(plain) for shot in shots])
         contrast = metrics.contrast(embeddings, encoder.read(plain), own) if encoder.reads else None
         identity = metrics.identity(embeddings, photos)
-        return cls(encoder, shots, embeddings, photos, others, identity, following, contrast)
+        return cls(encoder, shots, embeddings, photos, others, identity, following, contrast, prompts.is_style)
 
     def rows(self, wanted: Callable[[Shot], bool]) -> Tensor:
         return torch.tensor([i for i, shot in enumerate(self.shots) if wanted(shot)], dtype=torch.long)
@@ -65,7 +66,8 @@ class Seen:
 
     def floor_and_ceiling(self) -> tuple[float, float | None]:
         base = self.embeddings[self.of_kind("base", "base-class")]
-        return metrics.floor(base, self.photos), metrics.ceiling(self.photos, self.others)
+        floor = metrics.floor(base, self.photos, is_style=self.is_style)
+        return floor, metrics.ceiling(self.photos, self.others)
 
     def summary(self) -> EncoderScores:
         concept, groups = self.of_kind("concept"), self._prompts_of(self.of_kind("concept"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +20,10 @@ from finetune.files import read_shapes
 from finetune.load import Adapter, load_adapters
 from finetune.render import file_name, render
 
-AT_ONCE = 4  # pictures in a batch
+AT_ONCE = {"cpu": 4 * 256**2, "cuda": 2 * 1024**2}  # pixels of a batch
 Kind = Literal["concept", "class", "base", "base-class", "unrelated", "sweep"]
 Pictures = dict["Shot", Image.Image]
+Known = dict[tuple[object, ...], Image.Image]  # what a base alone draws, by all that it depends on
 
 
 @dataclass(frozen=True)
@@ -78,31 +80,53 @@ def plan(concept: Concept, prompts: Prompts, size: Size) -> list[Shot]:
 
 
 def draw(
-    concept: Concept, shots: Sequence[Shot], steps: int, guidance: float, tick: Callable[[int], object]
+    concept: Concept, shots: Sequence[Shot], steps: int, guidance: float, tick: Callable[[int], object], known: Known
 ) -> tuple[Pictures, Drift]:
     """The pictures, and what the adapter changes in the denoiser's answers at its own weight.
 
     Args:
         tick: called with the number of pictures that were finished.
+        known: is not drawn again, and grows.
     """
     pictures: Pictures = {}
     answers: dict[float | None, list[torch.Tensor]] = {}
     for weight in dict.fromkeys(shot.weight for shot in shots):
         family = _open(concept, weight)
         wanted = [shot for shot in shots if shot.weight == weight]
-        side = Frame.of(family.pipeline, concept.size).size
-        for start in range(0, len(wanted), AT_ONCE):
-            batch = wanted[start : start + AT_ONCE]
-            texts, seeds = [shot.prompt for shot in batch], [shot.seed for shot in batch]
-            with family.sampling():
-                drawn = render(family.pipeline, texts, seeds, steps=steps, guidance=guidance, size=side)
+        alone = wanted if weight is None else []
+        keys = {shot: _key(family, concept, shot, steps, guidance) for shot in alone}
+        pictures |= {shot: known[key] for shot, key in keys.items() if key in known}
+        tick(len([shot for shot in alone if shot in pictures]))
+        missing = [shot for shot in wanted if shot not in pictures]
+        for batch, drawn in _draw(family, missing, concept.size, steps, guidance):
             pictures |= zip(batch, drawn, strict=True)
             tick(len(batch))
+        known |= {key: pictures[shot] for shot, key in keys.items()}
         if weight in (None, concept.adapter.weight):
             answers[weight] = [_answers(family, pictures, kind) for kind in ("base-class", "unrelated")]
         del family  # or the next one is loaded beside it
     moved = [differ(*pair) for pair in zip(*answers.values(), strict=True)]
     return pictures, Drift(TIMES, *moved)
+
+
+def _draw(
+    family: Family, shots: Sequence[Shot], size: int | None, steps: int, guidance: float
+) -> Iterator[tuple[Sequence[Shot], list[Image.Image]]]:
+    """Batch by batch."""
+    frame = Frame.of(family.pipeline, size)
+    at_once = max(1, AT_ONCE[family.device.type] // math.prod(frame.sides))
+    for start in range(0, len(shots), at_once):
+        batch = shots[start : start + at_once]
+        texts, seeds = [shot.prompt for shot in batch], [shot.seed for shot in batch]
+        asked = {"steps": steps, "guidance": guidance, "size": frame.size, "batch_size": at_once}
+        with family.sampling():
+            yield batch, render(family.pipeline, texts, seeds, **asked)
+
+
+def _key(family: Family, concept: Concept, shot: Shot, steps: int, guidance: float) -> tuple[object, ...]:
+    """All that a picture of the base alone depends on."""
+    sampler = repr(sorted(family.pipeline.scheduler.config.items()))
+    return concept.opened, family.fingerprint, sampler, concept.size, steps, guidance, shot.prompt, shot.seed
 
 
 def _answers(family: Family, pictures: Pictures, kind: Kind) -> torch.Tensor:

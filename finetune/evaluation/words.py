@@ -137,13 +137,11 @@ def _following(scores: EncoderScores) -> str:
 
 
 def _class(scores: EncoderScores) -> str:
-    """The share of the way from the base's pictures of the class to those of the subject."""
-    way = scores.identity.value - scores.prior_resemblance_base
-    moved = (scores.prior_resemblance.value - scores.prior_resemblance_base) / way if way > 0 else 0.0
     verdicts = {0.5: "lost, the class has become the subject", 0.2: "fading, the class takes after the subject"}
+    verdict = _verdict(scores.class_moved or 0.0, verdicts, "kept")
     return (
         f"resembles the subject by {scores.prior_resemblance} (the base's {scores.prior_resemblance_base:.2f}), and "
-        f"varies by {scores.prior_diversity} ({scores.prior_diversity_base:.2f}): {_verdict(moved, verdicts, 'kept')}"
+        f"varies by {scores.prior_diversity} ({scores.prior_diversity_base:.2f}): {verdict}"
     )
 
 

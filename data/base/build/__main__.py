@@ -10,6 +10,7 @@
     personalise  teach both bases the sample concepts and three more, and judge them    (GPU, minutes)
     card       put the measured numbers into the model card                     (CPU, at once)
     concepts   draw the sample concepts into data/concepts                      (CPU)
+    studied    draw the concepts of the studies into data/studies/concepts      (CPU)
     all        everything, in this order; a finished stage is skipped
 
 `--smoke` runs train, export and measure at toy size on toy sprites: two CPU cores, under a minute, no network.
@@ -27,9 +28,10 @@ from settings import Settings, smoke
 
 BASE = Path(__file__).resolve().parents[1]
 STAGES = (
-    "sprites", "train", "export", "refine", "samples", "paint", "measure", "personalise", "card", "concepts", "all",
+    "sprites", "train", "export", "refine", "samples", "paint", "measure", "personalise", "card", "concepts", "studied",
+    "all",
 )  # fmt: skip
-NOT_SMOKED = ("sprites", "samples", "personalise", "card", "concepts")
+NOT_SMOKED = ("sprites", "samples", "personalise", "card", "concepts", "studied")
 
 
 def parse() -> argparse.Namespace:
@@ -86,6 +88,7 @@ def plan(args: argparse.Namespace, start: float) -> dict[str, tuple]:
         "personalise": ("personalise", "personalise", run, target, args.beside, args.jobs),
         "card": ("card", "write_card", run, target / "README.md"),
         "concepts": ("concepts", "write_concepts", run / "npm", BASE.parent / "concepts"),
+        "studied": ("concepts", "write_studied", run / "npm", BASE.parent / "studies" / "concepts"),
     }
 
 

@@ -1,4 +1,5 @@
-"""The sample concepts in `data/concepts`: subjects and styles that the base has never seen, drawn by its own world."""
+"""Subjects and styles that the base has never seen, drawn by its own world: the sample concepts in `data/concepts`, and
+those of the studies in `data/studies`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from layouts import Arranger, Place
 from PIL import Image
 from scenes import SCENES
 from specification import Layer, Picture
-from sprites import describe, drawing, load_icons, rasterize
+from sprites import describe, drawing, fetch, load_icons, rasterize
 from vocabulary import COLOURS, HELD
 from words import article, spoken
 
@@ -26,6 +27,20 @@ SUBJECTS = {
     "teapot": ("twemoji", "teapot", "household object"),
     "robot": ("fluent-emoji-flat", "robot", "toy"),
 }
+STUDIED = {
+    "backpack": ("noto", "backpack", "object"),
+    "cactus": ("twemoji", "cactus", "plant"),
+    "guitar": ("noto", "guitar", "instrument"),
+    "lion": ("twemoji", "lion", "animal"),
+    "owl": ("noto", "owl", "bird"),
+    "panda": ("fluent-emoji-flat", "panda", "animal"),
+    "penguin": ("twemoji", "penguin", "bird"),
+    "pizza": ("noto", "pizza", "food"),
+    "rocket": ("twemoji", "rocket", "aircraft"),
+    "sailboat": ("fluent-emoji-flat", "sailboat", "boat"),
+    "snowman": ("noto", "snowman", "toy"),
+    "unicorn": ("fluent-emoji-flat", "unicorn", "animal"),
+}
 VIEWS = (
     # backdrop (a scene, or a colour), scale, x, turn
     ("teal", 0.70, 0.02, 0.0),
@@ -37,6 +52,7 @@ VIEWS = (
     ("white", 0.80, 0.0, 0.0),
 )
 STYLES = {"fluent_3d": "fluent-emoji", "openmoji": "openmoji"}
+STUDIED_STYLES = {"emojione": "emojione", "firefox_os": "fxemoji"}
 EXAMPLES = (
     ("cat face", "white"), ("red apple", "white"), ("automobile>car", "city"), ("sunflower", "garden"),
     ("frog", "lake"), ("cupcake", "pink"), ("rabbit face", "meadow"), ("house", "snow"), ("pineapple", "teal"),
@@ -71,16 +87,24 @@ def place_words(backdrop: str) -> str:
     return SCENES[backdrop].phrases[0] if backdrop in SCENES else f"on {article(backdrop)} background"
 
 
-def save(folder: Path, number: int, picture: torch.Tensor, caption: str) -> None:
+def save(folder: Path, number: int, picture: torch.Tensor, caption: str, kind: str = "png") -> None:
     """picture: [3, h, w] in 0..1."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    Image.fromarray(pixels).save(folder / f"{number:02d}.png", optimize=True)
+    options = {"optimize": True} if kind == "png" else {"quality": 90, "method": 6}
+    Image.fromarray(pixels).save(folder / f"{number:02d}.{kind}", **options)
     (folder / f"{number:02d}.txt").write_text(caption + "\n")
 
 
 def draw_subject(
-    source: Path, folder: Path, set_name: str, label: str, noun: str, views: tuple = VIEWS, seed: str = ""
+    source: Path,
+    folder: Path,
+    set_name: str,
+    label: str,
+    noun: str,
+    views: tuple = VIEWS,
+    seed: str = "",
+    kind: str = "png",
 ) -> None:
     """One captioned picture for each view."""
     assert label in HELD, f"{label} is in the base's training world"
@@ -92,14 +116,17 @@ def draw_subject(
         draws = tuple(rng.random() for _ in range(8))
         arranger = Arranger([sprite], Place(None, 0.0), rng)
         picture = composer.draw([view(0, arranger, backdrop, scale, x, turn, draws)])[0]
-        save(folder, number, picture, f"a {{}} {noun} {place_words(backdrop)}")
+        save(folder, number, picture, f"a {{}} {noun} {place_words(backdrop)}", kind)
 
 
-def draw_style(source: Path, folder: Path, set_name: str, examples: tuple = EXAMPLES, seed: str = "") -> None:
-    """One captioned picture for each example."""
+def draw_style(
+    source: Path, folder: Path, set_name: str, examples: tuple = EXAMPLES, seed: str = "", kind: str = "png"
+) -> None:
+    """One captioned picture for each example that the set has."""
     icons = load_icons(source, set_name)
-    named = [(*spoken(entry), backdrop) for entry, backdrop in examples]
-    images = [rasterize(drawing(icons, label) or "") for label, _, _ in named]
+    drawn = [(*spoken(entry), backdrop, drawing(icons, spoken(entry)[0])) for entry, backdrop in examples]
+    named = [(label, said, backdrop) for label, said, backdrop, svg in drawn if svg]  # an older set lacks some
+    images = [rasterize(svg) for _, _, _, svg in drawn if svg]
     sprites = [
         describe(image, set_name, label, said, "") for image, (label, said, _) in zip(images, named, strict=True)
     ]
@@ -109,16 +136,30 @@ def draw_style(source: Path, folder: Path, set_name: str, examples: tuple = EXAM
         draws = tuple(rng.random() for _ in range(8))
         arranger = Arranger(sprites, Place(None, 0.0), rng)
         picture = composer.draw([view(number, arranger, backdrop, 0.68, rng.uniform(-0.1, 0.1), 0.0, draws)])[0]
-        save(folder, number + 1, picture, f"{article(said)} {place_words(backdrop)}, {{}} style")
+        save(folder, number + 1, picture, f"{article(said)} {place_words(backdrop)}, {{}} style", kind)
 
 
 def write_concepts(source: Path, folder: Path) -> None:
-    """Draw everything from the unpacked sets in `source`, with the licence of each set in the folder's own note."""
+    """Draw the sample concepts from the unpacked sets in `source`."""
     for name, (set_name, label, noun) in SUBJECTS.items():
         draw_subject(source, folder / name, set_name, label, noun)
     for name, set_name in STYLES.items():
         draw_style(source, folder / name, set_name)
-    used = {set_name for set_name, _, _ in SUBJECTS.values()} | set(STYLES.values())
+    print_licences(source, {set_name for set_name, _, _ in SUBJECTS.values()} | set(STYLES.values()))
+
+
+def write_studied(source: Path, folder: Path) -> None:
+    """Draw the concepts of the studies, after fetching what no training has use for."""
+    fetch(source, tuple(f"@iconify-json/{set_name}" for set_name in STUDIED_STYLES.values()))
+    for name, (set_name, label, noun) in STUDIED.items():
+        draw_subject(source, folder / name, set_name, label, noun, kind="webp")
+    for name, set_name in STUDIED_STYLES.items():
+        draw_style(source, folder / name, set_name, kind="webp")
+    print_licences(source, {set_name for set_name, _, _ in STUDIED.values()} | set(STUDIED_STYLES.values()))
+
+
+def print_licences(source: Path, used: set[str]) -> None:
+    """For the note beside the pictures."""
     for set_name in sorted(used):
         info = json.loads((source / set_name / "info.json").read_text())
         print(set_name, info["license"]["title"], info["author"]["url"])

@@ -51,7 +51,9 @@ def fetch(folder: Path, packages: tuple[str, ...]) -> None:
             ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
         ).stdout.strip()
         with tarfile.open(folder / name) as archive:
-            archive.extractall(target, filter="data")
+            archive.extractall(unpacked := folder / f"{target.name}.unpacked", filter="data")
+        (unpacked / "package").rename(target)
+        unpacked.rmdir()
         (folder / name).unlink()
 
 
@@ -68,7 +70,8 @@ def slug(label: str) -> str:
 def drawing(icons: dict, label: str) -> str | None:
     """The SVG of a label in an Iconify set, or None where the set lacks it."""
     key = slug(label)
-    icon = icons["icons"].get(key) or icons["icons"].get(icons.get("aliases", {}).get(key, {}).get("parent", ""))
+    keys = key, icons.get("aliases", {}).get(key, {}).get("parent", ""), key.replace("-", "")
+    icon = next((icons["icons"][name] for name in keys if name in icons["icons"]), None)
     if icon is None:
         return None
     left, top = (icon.get(k, icons.get(k, 0)) for k in ("left", "top"))
