@@ -81,9 +81,7 @@ def prepare(
             on_main(accelerator, lambda: folder.open(resume=resume, overwrite=overwrite))
             trainer = make_trainer(recipe, trained, family, accelerator)
             trainer.cost = cost
-            if held_out:
-                unseen = Pictures.from_pictures(held_out, recipe.dataset, recipe.placeholder)
-                trainer.validation = Validation(unseen, recipe.train.seed)
+            trainer.validation = Validation.find(recipe, held_out)
             judge = Judge.find(recipe, trained, held_out) if accelerator.is_main_process else None
             if found is not None:
                 trainer.resume(checkpoint.load(found)["trainer"])

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from finetune.batch import Encoder
-from finetune.dataset import Draw, Pictures
+from finetune.dataset import Draw, Picture, Pictures
 from finetune.evaluation.metrics import balance
+from finetune.recipe import Recipe
 from finetune.student import Student, predict
 
 LEVELS = 9
@@ -73,6 +74,13 @@ class Validation:
     Args:
         pictures: drawn once for each level, without what varies them in training.
     """
+
+    @classmethod
+    def find(cls, recipe: Recipe[Any], held_out: Sequence[Picture]) -> Validation | None:
+        """That of a recipe; none where no picture is held out."""
+        if not held_out:
+            return None
+        return cls(Pictures.from_pictures(held_out, recipe.dataset, recipe.placeholder), recipe.train.seed)
 
     def __init__(self, pictures: Pictures, seed: int):
         settings = {"caption_dropout": 0.0, "shuffle_tags": False, "crop": "center", "flip": False, "mask": "none"}

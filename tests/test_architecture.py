@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "judging": {"dataset", "evaluation", "recipe", "validation"},
     "cost": set(),
     "trainer": {"batch", "capture", "cost", "dataset", "gpu", "schedule", "stopping", "student", "validation"},
-    "validation": {"batch", "dataset", "evaluation", "student"},
+    "validation": {"batch", "dataset", "evaluation", "recipe", "student"},
     "samples": {"dataset", "families", "files", "folder", "grid", "recipe", "render"},
     "delivery": {
         "architectures",

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,7 @@ def _live(
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.clear()
     os.environ |= env
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that nohup has started are not to hand that on
     tqdm.set_lock(threading.RLock())  # its own is known to other processes, which would hear of each that is killed
     if before is not None:
         before()
