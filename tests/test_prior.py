@@ -56,11 +56,36 @@ def test_both_halves_have_noise_and_time_of_their_own(base_folder: Any, tmp_path
     assert len({tuple(noise.flatten()[:4].tolist()) for noise in batch.noise}) == 4
 
 
-def test_before_the_first_step_the_base_agrees_with_itself_on_the_class_prompt(base_folder: Any, tmp_path: Path):
-    way = {"prior": "prediction", "class_prompt": "a thing"}
-    trainer = run.prepare(lessons.recipe(base_folder("stable_diffusion"), tmp_path, "dreambooth", way)).trainer
+@pytest.mark.parametrize(("method", "way"), [("dreambooth", {}), ("pivotal_tuning", {"init": "thing"})])
+def test_before_the_first_step_the_base_agrees_with_itself_on_the_class_prompt(
+    method: str, way: dict[str, str], base_folder: Any, tmp_path: Path
+):
+    way = {"prior": "prediction", "class_prompt": "a thing", **way}
+    trainer = run.prepare(lessons.recipe(base_folder("stable_diffusion"), tmp_path, method, way)).trainer
     losses = trainer.student(trainer._drawn(0)[1][0])
     assert torch.all(losses[2:].abs() < 1e-10) and torch.all(losses[:2] > 1e-3)
+
+
+def test_pivotal_tuning_disturbs_its_class_less_with_a_prior_than_without(base_folder: Any, tmp_path: Path):
+    left = {}
+    for prior in ("none", "prediction"):
+        way = {"rank": 4, "init": "thing", "prior": prior, "class_prompt": "a thing", "prior_weight": 10.0}
+        train = {"steps": 12, "learning_rate": 0.003}
+        recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path / prior, "pivotal_tuning", way, train=train)
+        trainer = run.prepare(recipe).trainer
+        family = trainer.student.family
+        ids = family.tokenize(["a thing"])
+        noised, time = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+
+        def answer(family: Any = family, ids: Any = ids, noised: Any = noised, time: Any = time) -> torch.Tensor:
+            with family.looking():
+                return family.denoise(noised, time, family.encode_prompt(ids), torch.zeros(1, 6))
+
+        before = answer()
+        for _ in trainer.steps():
+            pass
+        left[prior] = (answer() - before).square().mean()
+    assert 0 < left["prediction"] < 0.5 * left["none"]
 
 
 def test_min_snr_weights_both_halves_sample_by_sample(base_folder: Any, tmp_path: Path):

@@ -52,7 +52,7 @@ def write(base_folder: Any, tmp_path: Path) -> Any:
             "variants": {"default": [], "rank 4": ["method.rank=4"]},
         }
         tree = {
-            "judging": {"class_pictures": 2, "steps": 1, "prompts": str(tmp_path / "two.txt")},
+            "judging": {"class_pictures": 2, "steps": 1, "prompts": "two.txt"},
             "concepts": {
                 "animals": {name: {"folder": name, "class_prompt": f"a {name}"} for name in ("dog", "cat")},
                 "others": {"bird": {"folder": "bird", "class_prompt": "a bird"}},
@@ -168,6 +168,13 @@ def test_a_class_that_is_asked_for_has_to_be_there(write: Any):
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match="cat has no class_prompt"):
         tasks(read(path), path)
+
+
+def test_a_list_of_prompts_that_is_not_there_is_named_by_its_setting(write: Any):
+    path = write()
+    path.write_text(path.read_text().replace("two.txt", "three.txt"))
+    with pytest.raises(UserError, match=r"study\.yaml: judging\.prompts 'three\.txt': no such file, and no list"):
+        read(path)
 
 
 def test_only_some_of_the_comparisons_may_be_asked_for(write: Any):

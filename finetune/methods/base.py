@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from finetune.config import Section
+from finetune.config import PositiveInt, Section, Text
 from finetune.errors import UserError
 from finetune.registry import Registry
 
@@ -103,6 +103,47 @@ class Method(Section, ABC):
         if problems := self.problems():
             raise UserError(problems)
         return self
+
+
+class Preserving(Method):
+    """A method that can keep the class what it was, by the prior-preservation loss (2208.12242, section 3.3)."""
+
+    prior: Literal["none", "images", "prediction"] = "none"
+    """`images` made by the base, its `prediction` on the class prompt (no images needed), or `none`."""
+    class_prompt: Text | None = None
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    num_class_images: PositiveInt = 100
+
+    @property
+    def prior_half(self) -> Prior | None:
+        if self.prior == "none" or self.class_prompt is None:
+            return None
+        return Prior(self.prior, self.class_prompt, self.num_class_images)
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.prior != "none" and self.class_prompt is None:
+            problems.append(f"class_prompt: prior: {self.prior} needs it, such as 'a dog'. Add it, or set prior: none.")
+        return problems
+
+    def losses(self, student: Student, batch: Batch) -> Tensor:
+        """The base's own prediction is what the class half is held to, where there are no class images."""
+        from finetune.student import denoising_errors, frozen_prediction
+
+        if self.prior != "prediction":
+            return super().losses(student, batch)
+        objective = student.family.objective
+        target = objective.target(batch.latents, batch.noise, batch.time).clone()
+        prior = batch.last(batch.num_prior)
+        target[len(target) - batch.num_prior :] = frozen_prediction(student, prior)
+        return denoising_errors(student.family, batch, target)
+
+    def reduce(self, losses: Tensor, num_prior: int) -> Tensor:
+        """mean(subject) + prior_weight * mean(prior); no prior samples, no prior term."""
+        subject, prior = losses[: len(losses) - num_prior], losses[len(losses) - num_prior :]
+        if num_prior == 0:
+            return subject.mean()
+        return subject.mean() + self.prior_weight * prior.mean()
 
 
 methods: Registry[Method] = Registry("method", "finetune.methods")

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from finetune.config import Fraction, PositiveInt, Text
-from finetune.methods.base import Prior, methods
+from finetune.config import Fraction
+from finetune.methods.base import Preserving, methods
 from finetune.methods.lora import LoRA
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from finetune.batch import Batch
     from finetune.families.base import Family
     from finetune.student import Student
 
@@ -27,16 +23,12 @@ WHOLE_ONLY = ("export_energy", "export_checkpoint")
 
 
 @methods.register
-class DreamBooth(LoRA):
+class DreamBooth(Preserving, LoRA):
     """Trains the whole denoiser or a LoRA of it, with the prior-preservation loss."""
 
     summary = "a subject from 3 to 5 pictures, without forgetting its class: the whole denoiser or a LoRA of it"
     denoiser: Literal["lora", "whole"] = "lora"
     prior: Literal["none", "images", "prediction"] = "images"
-    """`images` made by the base, its `prediction` on the class prompt (no images needed), or `none`."""
-    class_prompt: Text | None = None
-    prior_weight: Annotated[float, Field(ge=0)] = 1.0
-    num_class_images: PositiveInt = 100
     export_energy: Fraction | None = None
     """Whole denoiser: the share of each layer's difference that the small file keeps. Default: `rank`."""
     export_checkpoint: bool = False
@@ -50,16 +42,8 @@ class DreamBooth(LoRA):
     def takes_quantized(self) -> bool:
         return self.denoiser == "lora" and super().takes_quantized
 
-    @property
-    def prior_half(self) -> Prior | None:
-        if self.prior == "none" or self.class_prompt is None:
-            return None
-        return Prior(self.prior, self.class_prompt, self.num_class_images)
-
     def problems(self) -> list[str]:
         problems = super().problems()
-        if self.prior != "none" and self.class_prompt is None:
-            problems.append(f"class_prompt: prior: {self.prior} needs it, such as 'a dog'. Add it, or set prior: none.")
         other = LORA_ONLY if self.denoiser == "whole" else WHOLE_ONLY
         needed = "lora" if self.denoiser == "whole" else "whole"
         problems += [
@@ -85,25 +69,6 @@ class DreamBooth(LoRA):
         base = {name: _copy(part, rests) for name, part in parts.items()}
         groups = [Group(name, dict(part.named_parameters()), rates[name]) for name, part in parts.items()]
         return Student(self, family, groups, frozen=lambda: _swapped(family, base, rests))
-
-    def losses(self, student: Student, batch: Batch) -> Tensor:
-        """The base's own prediction is what the class half is held to, where there are no class images."""
-        from finetune.student import denoising_errors, frozen_prediction
-
-        if self.prior != "prediction":
-            return super().losses(student, batch)
-        objective = student.family.objective
-        target = objective.target(batch.latents, batch.noise, batch.time).clone()
-        prior = batch.last(batch.num_prior)
-        target[len(target) - batch.num_prior :] = frozen_prediction(student, prior)
-        return denoising_errors(student.family, batch, target)
-
-    def reduce(self, losses: Tensor, num_prior: int) -> Tensor:
-        """mean(subject) + prior_weight * mean(prior); no prior samples, no prior term."""
-        subject, prior = losses[: len(losses) - num_prior], losses[len(losses) - num_prior :]
-        if num_prior == 0:
-            return subject.mean()
-        return subject.mean() + self.prior_weight * prior.mean()
 
     def export(self, student: Student, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:
         if self.denoiser == "lora":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config import Fraction, PositiveFloat, PositiveInt
-from finetune.methods.base import methods
+from finetune.methods.base import Preserving, methods
 from finetune.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @methods.register
-class PivotalTuning(LoRA):
+class PivotalTuning(Preserving, LoRA):
     """Textual Inversion and LoRA together; the word's vectors rest after a share of the steps."""
 
     summary = "a new word first and a LoRA around it, in one run: two small files"

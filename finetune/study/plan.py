@@ -106,7 +106,22 @@ def read(path: Path) -> Study:
     problems += [f"{path}: concepts: {name!r} stands twice. Rename one." for name, count in named.items() if count > 1]
     if problems:
         raise UserError(problems)
-    return study
+    return study.model_copy(update={"judging": _found(study.judging, path)})
+
+
+def _found(judging: Judging, path: Path) -> Judging:
+    """With a list of prompts that is named from the study's folder, as concepts are."""
+    if judging.prompts is None:
+        return judging
+    beside = path.parent / judging.prompts
+    found = judging.model_copy(update={"prompts": str(beside)}) if beside.is_file() else judging
+    try:
+        Prompts.load(found.prompts or "")
+    except UserError as error:
+        raise UserError(
+            f"{path}: {problem.replace('--prompts', 'judging.prompts')}" for problem in error.problems
+        ) from None
+    return found
 
 
 def tasks(study: Study, path: Path) -> list[Task]:

@@ -41,6 +41,16 @@ def test_held_out_names_and_styles_are_not_in_the_world(build_path):
     assert not set(STYLES) & set(HELD_STYLES)
 
 
+def test_a_technique_redraws_a_picture_and_does_so_the_same_way_each_time(build_path):
+    from concepts import TECHNIQUES
+
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for technique in TECHNIQUES.values():
+        found = technique(picture)
+        assert found.shape == picture.shape and found.min() >= 0 and found.max() <= 1
+        assert torch.equal(found, technique(picture)) and not torch.equal(found, picture)
+
+
 def test_training_and_evaluation_share_no_pairing_of_thing_and_place(toys):
     from world import World
 

@@ -4,12 +4,14 @@ those of the studies in `data/studies`."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
 from composer import Composer
+from effects import blueprint, duotone, neon, thermal
 from layouts import Arranger, Place
 from PIL import Image
 from scenes import SCENES
@@ -53,6 +55,8 @@ VIEWS = (
 )
 STYLES = {"fluent_3d": "fluent-emoji", "openmoji": "openmoji"}
 STUDIED_STYLES = {"emojione": "emojione", "firefox_os": "fxemoji"}
+TECHNIQUES = {"blueprint": blueprint, "duotone": duotone, "neon": neon, "thermal": thermal}
+TECHNIQUES_OF = "noto"
 EXAMPLES = (
     ("cat face", "white"), ("red apple", "white"), ("automobile>car", "city"), ("sunflower", "garden"),
     ("frog", "lake"), ("cupcake", "pink"), ("rabbit face", "meadow"), ("house", "snow"), ("pineapple", "teal"),
@@ -120,7 +124,13 @@ def draw_subject(
 
 
 def draw_style(
-    source: Path, folder: Path, set_name: str, examples: tuple = EXAMPLES, seed: str = "", kind: str = "png"
+    source: Path,
+    folder: Path,
+    set_name: str,
+    examples: tuple = EXAMPLES,
+    seed: str = "",
+    kind: str = "png",
+    technique: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
 ) -> None:
     """One captioned picture for each example that the set has."""
     icons = load_icons(source, set_name)
@@ -136,7 +146,7 @@ def draw_style(
         draws = tuple(rng.random() for _ in range(8))
         arranger = Arranger(sprites, Place(None, 0.0), rng)
         picture = composer.draw([view(number, arranger, backdrop, 0.68, rng.uniform(-0.1, 0.1), 0.0, draws)])[0]
-        save(folder, number + 1, picture, f"{article(said)} {place_words(backdrop)}, {{}} style", kind)
+        save(folder, number + 1, technique(picture), f"{article(said)} {place_words(backdrop)}, {{}} style", kind)
 
 
 def write_concepts(source: Path, folder: Path) -> None:
@@ -155,6 +165,8 @@ def write_studied(source: Path, folder: Path) -> None:
         draw_subject(source, folder / name, set_name, label, noun, kind="webp")
     for name, set_name in STUDIED_STYLES.items():
         draw_style(source, folder / name, set_name, kind="webp")
+    for name, technique in TECHNIQUES.items():
+        draw_style(source, folder / name, TECHNIQUES_OF, EXAMPLES[:12], kind="webp", technique=technique)
     print_licences(source, {set_name for set_name, _, _ in STUDIED.values()} | set(STUDIED_STYLES.values()))
 
 
