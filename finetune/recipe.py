@@ -214,8 +214,19 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe[Any]:
         if not problems:
             return recipe
     except UserError as error:
-        problems += error.problems
+        problems += [*error.problems, *_lacking(tree)]
     raise UserError([f"{path}:", *(f"  {problem}" for problem in problems)])
+
+
+def _lacking(tree: dict[str, Any]) -> list[str]:
+    """A folder of pictures that is not there, which is else found only when the rest is right."""
+    section = tree.get("dataset")
+    folder = section.get("folder") if isinstance(section, dict) else None
+    try:
+        is_lacking = isinstance(folder, str) and not Path(folder).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # no path at all, as is said already
+        return []
+    return [f"dataset.folder: {folder} is not a folder"] * is_lacking
 
 
 def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -211,6 +211,13 @@ def test_problems_of_independent_sections_are_told_together(recipe: Any):
     assert all(place in found for place in (*places, "tracking.0", "name"))
 
 
+def test_a_folder_of_pictures_that_is_not_there_is_told_with_the_other_problems(recipe: Any, tmp_path: Path):
+    assert "dataset.folder: pictures is not a folder" in complaint(recipe, tree(), "trian=3")
+    (tmp_path / "pictures").mkdir()
+    assert "dataset.folder" not in complaint(recipe, tree(), "trian=3")
+    assert complaint(recipe, tree(), "dataset.folder=~nobody-is-called-so/x", "trian=3").count("dataset.folder") == 1
+
+
 @pytest.mark.parametrize("overrides", [["method.name=lroa"], ["method=lora"], ["method.name=null"]])
 def test_an_unknown_method_does_not_hide_the_other_problems(overrides: list[str], recipe: Any):
     found = complaint(recipe, tree(), *overrides, "train.setps=3", "dataset.backgruond=white")
