@@ -20,7 +20,7 @@ from PIL import Image
 from finetune.dataset import buckets, masks, metadata
 from finetune.dataset.colors import profile_damage
 from finetune.dataset.pixels import JPEGS, SUFFIXES, Size, decode, open_picture, scaled_size
-from finetune.dataset.scan import CAPTION_SUFFIXES, Picture
+from finetune.dataset.scan import CAPTION_SUFFIXES, Picture, room
 from finetune.dataset.settings import DatasetConfig
 from finetune.dataset.turning import SIDEWAYS, exif_damage, orientation, upright
 
@@ -117,7 +117,8 @@ def examine(pictures: Sequence[Picture], config: DatasetConfig, multiple: int = 
 def look(picture: Picture, background: str) -> Look:
     """A small copy's measures."""
     content = Path(picture.path).read_bytes()
-    small, told = _small(content, background)
+    with room(content):
+        small, told = _small(content, background)
     gray = np.asarray(small, dtype=np.float32)
     return Look(float(gray.std()), _sharpness(gray), _waves(small), _thumb(small), told)
 

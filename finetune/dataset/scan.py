@@ -98,7 +98,7 @@ def _check(entry: _Entry, config: DatasetConfig) -> Picture | list[str]:
         return [f"{path}: its name is no text. Rename it."]
     try:
         content = read_bytes(path, LARGEST)
-        with _room(content):
+        with room(content):
             size = measure(content, config.background)
     except UnidentifiedImageError:  # its own words name a buffer in memory
         return [f"{path}: cannot be read as a picture (of no known format). Remove or replace it."]
@@ -109,7 +109,7 @@ def _check(entry: _Entry, config: DatasetConfig) -> Picture | list[str]:
         return picture
     try:
         content = read_bytes(mask, LARGEST)
-        with _room(content):
+        with room(content):
             masked = masks.check(content, size, alpha=config.mask == "alpha")
     except UnidentifiedImageError:
         return [f"{mask}: is no picture, though its name says that it is a mask. Remove or replace it."]
@@ -121,7 +121,7 @@ def _check(entry: _Entry, config: DatasetConfig) -> Picture | list[str]:
 
 
 @contextmanager
-def _room(content: bytes) -> Iterator[None]:
+def room(content: bytes) -> Iterator[None]:
     """Small pictures side by side, but one large one at a time: the largest takes more than a GiB to unpack."""
     with open_picture(content) as file:
         large = file.width * file.height > LARGE and file.format not in JPEGS
