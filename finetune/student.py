@@ -49,7 +49,6 @@ class Student(nn.Module):
         family: Family,
         groups: Sequence[Group],
         frozen: Callable[[], AbstractContextManager] = nullcontext,
-        penalty: Callable[[Batch], Tensor] | None = None,
     ):
         super().__init__()
         for group in groups:
@@ -65,7 +64,6 @@ class Student(nn.Module):
         self.method = method
         self.groups = groups
         self.frozen = frozen  # a context in which the family is the base again
-        self.penalty = penalty  # (B,), what each sample's loss has beside the denoiser's error
         self._hidden = (family,)  # a tuple keeps nn.Module from registering its parts
 
     @property
@@ -74,8 +72,7 @@ class Student(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) losses."""
-        losses = self.method.losses(self, batch)
-        return losses if self.penalty is None else losses + self.penalty(batch)
+        return self.method.losses(self, batch)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -43,7 +43,6 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "textual_inversion": {
         "one-vector": {"init": "thing"},
         "three-vectors": {"init": "thing", "num_vectors": 3, "preserve_norm": True},
-        "context": {"init": "thing", "num_vectors": 2, "context_weight": 0.5},
     },
     "pivotal_tuning": {
         "denoiser-alone": {"rank": 4, "init": "thing"},

@@ -22,7 +22,7 @@ from finetune.methods.lora import LoRA
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA GPU")
 METHODS = {
     "lora": {"rank": 2},
-    "textual_inversion": {"init": "thing", "context_weight": 0.5},
+    "textual_inversion": {"init": "thing"},
     "pivotal_tuning": {"rank": 2, "init": "thing", "prior": "prediction", "class_prompt": "a thing"},
     "dreambooth": {"rank": 2, "prior": "prediction", "class_prompt": "a thing"},
 }

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from finetune.config import PositiveInt
 from finetune.methods.base import Method, methods
@@ -28,9 +26,6 @@ class TextualInversion(Method):
     """Words to start from, or an embedding file (.safetensors)."""
     preserve_norm: bool = False
     """Keep each vector as long as a typical word's."""
-    context_weight: Annotated[float, Field(ge=0)] = 0.0
-    """How firmly the words around it keep their meaning: the rest of a prompt is followed better, the concept shown a
-    little less."""
 
     @property
     def trains_text(self) -> bool:
@@ -41,14 +36,12 @@ class TextualInversion(Method):
         return True
 
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
-        from finetune.context import Context
         from finetune.student import Group, Student
         from finetune.vocabulary import extend
 
         tables = extend(family, placeholder, self.num_vectors, self.init)
         groups = [Group(name, {"words": table.new}, learning_rate) for name, table in tables.items()]
-        context = Context(family, placeholder, self.context_weight) if self.context_weight else None
-        return Student(self, family, groups, penalty=context)
+        return Student(self, family, groups)
 
     def after_step(self, student: Student) -> None:
         from finetune.vocabulary import rescale, words
