@@ -113,7 +113,7 @@ class Encoder:
         geometry = torch.tensor([draw.geometry for draw in draws], dtype=torch.float32)
         prompt = self._prompt([draw.caption for draw in draws])
         batch = Batch(latents, noise, time, prompt, geometry, num_prior, self._mask(draws))
-        return batch.map(partial(_send, device=self.family.device))
+        return batch.map(partial(send, device=self.family.device))
 
     def _sample(self, posterior: Posterior, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, noise and time of one sample, from its own generator: B is 1."""
@@ -157,7 +157,7 @@ class Encoder:
         return Prompt.join([known[caption] for caption in captions])
 
 
-def _send(part: Tensor, device: torch.device) -> Tensor:
+def send(part: Tensor, device: torch.device) -> Tensor:
     """To the device, without waiting for what it is doing."""
     if device.type == "cuda":
         part = part.pin_memory()

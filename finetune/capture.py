@@ -79,7 +79,8 @@ class Captured:
         self._forget_gradients()
         torch.cuda.empty_cache()  # what the usual step has left is of no use to a graph, which has memory of its own
         graph, own = torch.cuda.CUDAGraph(), [batch.map(torch.clone) for batch in batches]
-        with _nothing_is_freed(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        alone: Any = {"capture_error_mode": "thread_local"}  # NCCL's watchdog asks the device how it is all the time
+        with _nothing_is_freed(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **alone):
             result = self.work(own)
         gradients = [parameter.grad for parameter in self.parameters]
         return Recording(graph, own, result, gradients)
@@ -127,8 +128,3 @@ def _renew_generator() -> None:
     device = torch.cuda.current_device()
     fresh = torch.Generator(device=f"cuda:{device}")
     torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
-
-
-def obstacle(accelerator: Any) -> str | None:
-    """Why a step cannot be one CUDA graph, if it cannot."""
-    return "several processes share the work" if accelerator.num_processes > 1 else None

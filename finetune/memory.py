@@ -131,8 +131,11 @@ class _Alone:
 
     num_processes = 1
 
-    def prepare(self, *things: Any) -> Any:
-        return things
+    def prepare(self, optimizer: Any) -> Any:
+        return optimizer
+
+    def prepare_model(self, student: Any, **_: Any) -> Any:
+        return student
 
 
 def _trainer(recipe: Recipe[Any], family: Family, ledger: Ledger) -> Trainer:

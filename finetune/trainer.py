@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -14,13 +14,14 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from finetune.batch import Batch, Encoder
-from finetune.capture import Captured, Work, obstacle
+from finetune.batch import Batch, Encoder, send
+from finetune.capture import Captured, Work
 from finetune.cost import Cost
 from finetune.dataset import Draw, Pictures
 from finetune.dataset.buckets import Shapes
-from finetune.errors import UserError, warn
+from finetune.errors import UserError
 from finetune.gpu import make_ready
+from finetune.processes import agree, average
 from finetune.schedule import TrainConfig, build_optimizer, multiplier, restore
 from finetune.stopping import Stop
 from finetune.student import Student
@@ -96,7 +97,9 @@ class Trainer:
             unmasked_weight=None if concept.config.mask == "none" else concept.config.unmasked_weight,
         )
         self._prepare_family()
-        self.model, self.optimizer = accelerator.prepare(student, build_optimizer(student.groups, config))
+        agree(list(student.parameters()))
+        self.model = accelerator.prepare_model(student, evaluation_mode=True)  # `average` keeps processes in step
+        self.optimizer = accelerator.prepare(build_optimizer(student.groups, config))
         self.ema = None if config.ema is None else _average(student, config.ema)
         self.validation: Validation | None = None
 
@@ -130,11 +133,11 @@ class Trainer:
         rates, (draws, batches) = self._set_learning_rates(), self._drawn(self.step)
         # Only dropout draws from the global state, and differently on each process.
         torch.manual_seed(hash((self.config.seed, self.step, self.accelerator.process_index)))
+        asked = send(torch.tensor([float(self.stop.asked)]), self.accelerator.device)
         found = self.work(batches)
         if not self.guarded:
             found = torch.stack([found, self._clip()])
-        stop = found.new_tensor([float(self.stop.asked)])
-        shared = self.accelerator.reduce(torch.cat([found, stop]), reduction="mean")
+        shared = self.accelerator.reduce(torch.cat([found, asked]), reduction="mean")
         if self.encoder.complete and self.step + 1 < self.config.steps:  # while the device is at work
             self.ahead = self.step + 1, *self._drawn(self.step + 1)
         loss, norm, stopping = cast(Tensor, shared).tolist()
@@ -154,15 +157,12 @@ class Trainer:
         Then a whole step needs no word with the host: torch's fused optimizers do, as they
         must for scaled gradients.
         """
-        alone = self.accelerator.num_processes == 1 and self.accelerator.scaler is None
-        return alone and all(settings.get("fused") for settings in self.optimizer.param_groups)
+        fused = all(settings.get("fused") for settings in self.optimizer.param_groups)
+        return fused and self.accelerator.scaler is None
 
     def _choose_work(self) -> Work:
         work = self._whole_step if self.guarded else self._gradients
         if not self.config.capture or self.accelerator.device.type != "cuda":
-            return work
-        if why := obstacle(self.accelerator):
-            warn(f"train.capture: {why}; the step runs as usual")
             return work
         if self.guarded:
             for settings in self.optimizer.param_groups:
@@ -179,14 +179,13 @@ class Trainer:
         return found
 
     def _gradients(self, batches: Sequence[Batch]) -> Tensor:
-        """The loss of a step's parts, and their gradients where parameters keep them."""
+        """The loss of a step's parts, and their gradients where parameters keep them: means over all processes."""
         total = torch.zeros((), device=self.accelerator.device)
-        for part, batch in enumerate(batches, start=1):
-            with nullcontext() if part == len(batches) else self.accelerator.no_sync(self.model):
-                losses = self.model(batch)
-                loss = self.student.method.reduce(losses, batch.num_prior) / len(batches)
-                self.accelerator.backward(loss)
+        for batch in batches:
+            loss = self.student.method.reduce(self.model(batch), batch.num_prior) / len(batches)
+            self.accelerator.backward(loss)
             total += loss.detach()
+        average([total, *(each.grad for each in self.student.parameters() if each.grad is not None)])
         return total
 
     def _clip(self) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any
 import lessons
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
-from finetune.bench import machine, measure, measure_peer, table
+from finetune.bench import counter, machine, measure, measure_peer, table
 from finetune.cli import app
 from finetune.errors import UserError
 from finetune.plan import survey
@@ -53,6 +54,13 @@ def test_a_base_of_configs_alone_is_timed_with_random_weights(family: str, base_
     assert timing.tflop == measure(real, steps=1).tflop > 0
     with pytest.raises(UserError):
         measure(recipe, steps=1)
+
+
+def test_a_batched_product_in_float32_of_halves_is_counted_like_any_other():
+    a, b = (torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((2, 3, 4), (2, 4, 5)))
+    with counter() as counted:
+        torch.bmm(a, b, out_dtype=torch.float32)
+    assert counted.get_total_flops() == 2 * 2 * 3 * 4 * 5
 
 
 def test_class_images_of_random_weights_are_not_taken_for_those_of_the_base(base_folder: Any, tmp_path: Path):
