@@ -59,9 +59,12 @@ def train(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the same folder.")] = False,
 ) -> None:
     """Train, export, and prove that the exported files hold what was learnt."""
+    from finetune.headstart import head_start
+
     loaded = _load(recipe, overrides)
-    from finetune import run
-    from finetune.session import carry_out
+    with head_start(loaded.base):
+        from finetune import run
+        from finetune.session import carry_out
 
     try:
         carry_out(loaded, resume=resume, overwrite=overwrite)

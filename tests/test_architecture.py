@@ -99,6 +99,7 @@ MAY_IMPORT = {
     },
     "recipe": {"config", "dataset", "files", "methods", "registry", "schedule", "tracking"},
     "outline": {"recipe"},
+    "headstart": {"outline", "recipe"},
     "spelling": {"dataset", "outline", "recipe"},
     "request": {"dataset", "fingerprint", "methods", "outline", "recipe"},
     "tally": {"methods", "outline", "recipe"},

@@ -1,0 +1,71 @@
+"""While the libraries are imported, the base's files come from the disk, and no garbage is looked for."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+
+from finetune.outline import outline
+from finetune.recipe import BaseConfig
+
+PIECE = 2**20  # bytes; of a wish for more the system fulfils a part
+MOST = 0.5  # of the memory: what is read ahead of more would have to give way before it is used
+READ = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors"  # and no variant, such as `model.fp16.safetensors`
+
+
+@contextmanager
+def head_start(base: BaseConfig) -> Iterator[None]:
+    """`importing` the libraries of a run, with its base on the way into memory."""
+    Thread(target=_read_ahead, args=[base], daemon=True).start()
+    with importing():
+        yield
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """What is imported stays, so Python need not look for garbage in it: not meanwhile, not later, not at the end.
+
+    It would each time that there is a quarter more to look through, and then again in the middle of steps.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def weights(base: BaseConfig) -> list[Path]:
+    """The files that are read to load a base, as far as it is on this machine."""
+    if base.source.endswith(".safetensors"):
+        return [Path(base.source)]
+    if (found := outline(base)) is None:
+        return []
+    parts = [part for part in found.index if found.has(part) and part not in found.stated["without"]]
+    files = (file for part in parts for file in sorted((found.weights / part).glob("*.safetensors")))
+    return [file for file in files if re.fullmatch(READ, file.name)]
+
+
+def _read_ahead(base: BaseConfig) -> None:
+    """Wish for all of a base at once: read as its pages are touched, one after the other, it takes longer."""
+    with contextlib.suppress(OSError):
+        sizes = {file: file.stat().st_size for file in weights(base)}
+        if sys.platform != "linux" or sum(sizes.values()) > MOST * _memory():
+            return
+        for file, size in sizes.items():
+            with file.open("rb") as stream:
+                for place in range(0, size, PIECE):
+                    os.posix_fadvise(stream.fileno(), place, PIECE, os.POSIX_FADV_WILLNEED)
+
+
+def _memory() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
