@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RECIPES := demo subject-dreambooth-whole subject-textual-inversion subject-pivotal-tuning style-lora
 
-.PHONY: install demo test check format bench clean
+.PHONY: install demo test kernels check format bench clean
 
 install: .venv/installed
 
@@ -18,6 +18,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# A GPU's kernels without a GPU, in Triton's interpreter; in a folder of its own, for torch brings the one that it wants.
+TRITON := triton==3.9.0
+kernels: install
+	@test -d .venv/$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/$(TRITON) $(TRITON)
+	TRITON_INTERPRET=1 PYTHONPATH=.venv/$(TRITON) $(BIN)/python -m pytest tests/test_gpu.py
 
 check: install
 	$(BIN)/ruff format --check .

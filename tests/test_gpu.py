@@ -1,4 +1,4 @@
-"""What is done in its own way on a GPU gives what torch gives. Without a GPU there is nothing to test."""
+"""What is done in its own way on a GPU gives what torch gives: there, or in Triton's interpreter (`make kernels`)."""
 
 from __future__ import annotations
 
@@ -8,39 +8,50 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-if not torch.cuda.is_available():
-    pytest.skip("a GPU's kernels need a GPU", allow_module_level=True)
+from finetune.gpu import INTERPRETED
 
+if not torch.cuda.is_available() and not INTERPRETED:
+    pytest.skip("a GPU's kernels need a GPU, or Triton's interpreter: make kernels", allow_module_level=True)
+
+from finetune.gpu.flux import LeanDoubleBlock, LeanSingleBlock, lean
 from finetune.gpu.geglu import geglu
 from finetune.gpu.group_norm import group_norm
-from finetune.gpu.unet import SideBySideNorm, SideBySideResnet, SideBySideTransformer, side_by_side
+from finetune.gpu.layer_norm import add_and_normalise
+from finetune.gpu.residual import add
+from finetune.gpu.unet import SideBySideBlock, SideBySideNorm, SideBySideResnet, SideBySideTransformer, side_by_side
 
-PICTURES = [(2, 30, 5, 7, 3), (1, 320, 64, 64, 32), (2, 240, 16, 16, 3), (2, 1280, 8, 8, 32), (3, 8, 1, 1, 2)]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+SIDES = (24, 20) if INTERPRETED else (64, 64)  # enough for several programs to share a picture
+PICTURES = [(2, 30, 5, 7, 3), (1, 320, *SIDES, 32), (2, 240, 16, 16, 3), (2, 640, 8, 8, 32), (3, 8, 1, 1, 2)]
 
 
 def away(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
+    return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 5e-6), (torch.bfloat16, 6e-3), (torch.float16, 8e-4)])
 @pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("shape", PICTURES, ids=str)
 def test_group_normalisation_and_its_gradients_are_those_of_the_formula(
-    shape: tuple[int, ...], silu: bool, dtype: torch.dtype, most: float
+    shape: tuple[int, ...], shifted: bool, silu: bool, dtype: torch.dtype, most: float
 ):
     *size, groups = shape
-    layer = torch.nn.GroupNorm(groups, size[1], device="cuda")
+    layer = torch.nn.GroupNorm(groups, size[1], device=DEVICE)
     torch.nn.init.normal_(layer.weight)
     torch.nn.init.normal_(layer.bias)
-    x = (torch.randn(size, device="cuda") * 2 + 10).to(dtype).requires_grad_()
-    gradient = torch.randn(size, device="cuda").to(dtype)
-    y = group_norm(x, layer, silu=silu)
+    x = (torch.randn(size, device=DEVICE) * 2 + 10).to(dtype).requires_grad_()
+    gradient = torch.randn(size, device=DEVICE).to(dtype)
+    shift = torch.randn(size[:2], device=DEVICE).to(dtype) if shifted else None
+    y = group_norm(x, layer, silu=silu, shift=shift)
     found = torch.autograd.grad(y, (x, layer.weight, layer.bias), gradient)
     exact = [part.detach().double().requires_grad_() for part in (x, layer.weight, layer.bias)]
-    z = functional.group_norm(exact[0], groups, *exact[1:], layer.eps)
+    moved = exact[0] if shift is None else exact[0] + shift.double()[:, :, None, None]
+    z = functional.group_norm(moved, groups, *exact[1:], layer.eps)
     z = functional.silu(z) if silu else z
     wanted = torch.autograd.grad(z, exact, gradient.double())
     assert y.dtype == dtype
@@ -50,8 +61,8 @@ def test_group_normalisation_and_its_gradients_are_those_of_the_formula(
 
 
 def test_a_gated_gelu_and_its_gradient_are_those_of_the_formula():
-    joined = torch.randn(3, 50, 2 * 300, device="cuda", requires_grad=True)
-    gradient = torch.randn(3, 50, 300, device="cuda")
+    joined = torch.randn(3, 50, 2 * 300, device=DEVICE, requires_grad=True)
+    gradient = torch.randn(3, 50, 300, device=DEVICE)
     value, gate = joined.double().chunk(2, -1)
     wanted = value * functional.gelu(gate)
     found = geglu(joined)
@@ -60,23 +71,89 @@ def test_a_gated_gelu_and_its_gradient_are_those_of_the_formula():
     assert away(slope, torch.autograd.grad(wanted, joined, gradient.double())[0]) < 1e-6
 
 
+@pytest.mark.parametrize("gated", [None, "gated"])
+@pytest.mark.parametrize("of", ["all", "each picture"])
+@pytest.mark.parametrize("shape", [(2, 7, 320), (1, 300, 96), (2, 3, 5000)], ids=str)
+def test_a_sum_and_its_layer_normalisation_are_those_of_the_formula(
+    shape: tuple[int, int, int], of: str, gated: str | None
+):
+    batch, _, width = shape
+    x, added, *gradients = (torch.randn(shape, device=DEVICE) for _ in range(4))
+    gate, weight, bias = torch.randn(batch, 3 * width, device=DEVICE).chunk(3, dim=1)
+    weight, bias = (weight, bias) if of == "each picture" else (weight[0], bias[0])
+    results = []
+    for exact in (False, True):
+        given = [part.double() if exact else part for part in (x, added, weight, bias, gate)]
+        one, other = given[0].requires_grad_(), given[1].requires_grad_()
+        with torch.autocast(DEVICE, enabled=False):
+            if exact:
+                factor, shift = (part[:, None] if part.dim() == 2 else part for part in given[2:4])
+                total = one + (other * given[4][:, None] if gated else other)
+                y = functional.layer_norm(total, (width,), eps=1e-5) * factor + shift
+            else:
+                total, y = add_and_normalise(
+                    one, given[2], given[3], 1e-5, added=other, gate=given[4] if gated else None
+                )
+        grads = torch.autograd.grad([total, y], [one, other], [part.to(y.dtype) for part in gradients])
+        results.append([total.detach(), y.detach(), *grads])
+    assert max(away(found, wanted) for found, wanted in zip(*results, strict=True)) < 2e-6
+
+
+def test_the_sum_of_two_pictures_and_a_bias_has_the_gradient_of_a_sum():
+    a, b = (torch.randn(2, 6, 5, 3, device=DEVICE, requires_grad=True) for _ in range(2))
+    bias = torch.randn(6, device=DEVICE)
+    found = add(a, b, bias)
+    torch.testing.assert_close(found, a + b + bias[:, None, None])
+    gradient = torch.randn_like(found)
+    assert all(torch.equal(each, gradient) for each in torch.autograd.grad(found, (a, b), gradient))
+
+
+@pytest.mark.parametrize("trained", ["inputs", "weights"])
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl"])
-def test_a_unet_with_channels_side_by_side_predicts_and_learns_the_same(family: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_unet_with_channels_side_by_side_predicts_and_learns_the_same(
+    family: str, trained: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    usual: Any = next(iter(tiny.BASES[family].values()))().unet.cuda()
+    usual: Any = next(iter(tiny.BASES[family].values()))().unet.to(DEVICE).requires_grad_(trained == "weights")
     moved = copy.deepcopy(usual)
     side_by_side(moved)
     kinds = {type(part) for part in moved.modules()}
-    assert {SideBySideNorm, SideBySideResnet, SideBySideTransformer} <= kinds
+    assert {SideBySideNorm, SideBySideResnet, SideBySideTransformer, SideBySideBlock} <= kinds
     width = usual.config.cross_attention_dim
     inputs = [torch.randn(2, 4, 16, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, width)]
-    inputs = [part.cuda() for part in inputs]
-    pooled = torch.randn(2, (usual.config.projection_class_embeddings_input_dim or 48) - 48, device="cuda")
-    added = {"time_ids": torch.randn(2, 6, device="cuda"), "text_embeds": pooled}
+    inputs = [part.to(DEVICE).requires_grad_(trained == "inputs") for part in inputs]
+    pooled = torch.randn(2, (usual.config.projection_class_embeddings_input_dim or 48) - 48, device=DEVICE)
+    added = {"time_ids": torch.randn(2, 6, device=DEVICE), "text_embeds": pooled}
+    compare(usual, moved, inputs, {"added_cond_kwargs": added})
+
+
+@pytest.mark.parametrize("trained", ["inputs", "weights"])
+def test_a_lean_flux_predicts_and_learns_the_same(trained: str):
+    torch.manual_seed(0)
+    usual = FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=64, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+    ).to(DEVICE)  # fmt: skip
+    moved = copy.deepcopy(usual.requires_grad_(trained == "weights"))
+    lean(moved)
+    assert {LeanDoubleBlock, LeanSingleBlock} <= {type(part) for part in moved.modules()}
+    inputs = [
+        part.to(DEVICE).requires_grad_(trained == "inputs") for part in (torch.randn(2, 8, 16), torch.randn(2, 5, 64))
+    ]
+    others = {
+        "pooled_projections": torch.randn(2, 32), "timestep": torch.tensor([0.3, 0.7]), "guidance": torch.ones(2),
+        "img_ids": torch.randn(8, 3).round(), "txt_ids": torch.zeros(5, 3),
+    }  # fmt: skip
+    compare(usual, moved, inputs, {name: part.to(DEVICE) for name, part in others.items()})
+
+
+def compare(usual: Any, moved: Any, inputs: list[Tensor], others: dict[str, Any]) -> None:
+    """The loss of two models on the same, and its gradients for what is trained: inputs or weights."""
     gradients = []
-    for unet in (usual, moved):
-        loss = unet(*inputs, added_cond_kwargs=added).sample.square().mean()
-        gradients.append([loss, *torch.autograd.grad(loss, list(unet.parameters()), allow_unused=True)])
+    for model in (usual, moved):
+        loss = model(*inputs, **others).sample.square().mean()
+        trained = [part for part in (*inputs, *model.parameters()) if part.requires_grad]
+        gradients.append([loss, *torch.autograd.grad(loss, trained, allow_unused=True)])
     for found, wanted in zip(gradients[1], gradients[0], strict=True):
         if wanted is not None:
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CHANNELS = 64  # that a program takes where groups are smaller, so that it does not read in shreds
-PLACES = tl.constexpr(32)  # that it takes at a time
-PROGRAMS = 512  # that keep a GPU busy
+PLACES = 128  # that it takes at a time, at most
+PROGRAMS = 1024  # that keep a GPU busy
+FEW, ENOUGH = 256, 128  # places that a program works through alone where there are so many programs
 MOST = 64  # shares
 
 
@@ -34,11 +35,30 @@ def _own(num_channels, size, BLOCK: tl.constexpr, TAKEN: tl.constexpr):
 
 
 @triton.jit
-def _at(row, end, places, num_channels, channels, present):
+def _share(places, length):
+    """The first of a program's places, and the one after its last."""
+    start = tl.program_id(0) * length
+    return start, tl.minimum(start + length, places)
+
+
+@triton.jit
+def _at(row, end, places, num_channels, channels, present, PLACES: tl.constexpr):
     """Where the next places are in (B, P, C), and which there are: (PLACES, BLOCK)."""
     rows = row + tl.arange(0, PLACES)
     first = tl.program_id(1).to(tl.int64) * places
     return (first + rows[:, None]) * num_channels + channels[None, :], (rows < end)[:, None] & present[None, :]
+
+
+@triton.jit
+def _of_channels(values, channels, present):
+    """(C,)"""
+    return tl.load(values + channels, mask=present, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _of_picture(values, num_channels, channels, present):
+    """A picture's part of (B, C)."""
+    return tl.load(values + tl.program_id(1) * num_channels + channels, mask=present, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -64,110 +84,138 @@ def _over_groups(values, group):
 
 
 @triton.jit
-def _pivot(x, places, num_channels, group, size, present):
+def _pivot(x, shift, num_channels, places, group, size, present, SHIFTED: tl.constexpr):
     """A value near each group's mean: squares of what is left lose nothing to rounding."""
     first = tl.program_id(1).to(tl.int64) * places * num_channels
-    return tl.load(x + first + group * size, mask=present, other=0.0).to(tl.float32)
+    value = tl.load(x + first + group * size, mask=present, other=0.0).to(tl.float32)
+    if SHIFTED:
+        value += _of_picture(shift, num_channels, group * size, present)
+    return value
 
 
 @triton.jit
-def _moments(x, sums, squares, num_channels, places, size, length,
-             BLOCK: tl.constexpr, TAKEN: tl.constexpr):  # fmt: skip
-    """Of x less its group's pivot."""
-    channels, present, group = _own(num_channels, size, BLOCK, TAKEN)
-    pivot = _pivot(x, places, num_channels, group, size, present)
-    start = tl.program_id(0) * length
-    end = tl.minimum(start + length, places)
+def _moment_sums(x, below, num_channels, places, length, channels, present,
+                 BLOCK: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+    """Of x less what is `below` it in each channel, and of its square."""
+    start, end = _share(places, length)
     total, square = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for row in range(start, end, PLACES):
-        at, mask = _at(row, end, places, num_channels, channels, present)
-        value = tl.where(mask, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - pivot[None, :], 0.0)
+        at, mask = _at(row, end, places, num_channels, channels, present, PLACES)
+        value = tl.where(mask, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - below[None, :], 0.0)
         total += tl.sum(value, 0)
         square += tl.sum(value * value, 0)
+    return total, square
+
+
+@triton.jit
+def _moments(x, shift, sums, squares, num_channels, places, size, length,
+             BLOCK: tl.constexpr, TAKEN: tl.constexpr, PLACES: tl.constexpr, SHIFTED: tl.constexpr):  # fmt: skip
+    """Of x less its group's pivot."""
+    channels, present, group = _own(num_channels, size, BLOCK, TAKEN)
+    below = _pivot(x, shift, num_channels, places, group, size, present, SHIFTED)
+    if SHIFTED:
+        below -= _of_picture(shift, num_channels, channels, present)
+    total, square = _moment_sums(x, below, num_channels, places, length, channels, present, BLOCK, PLACES)
     _keep(sums, total, num_channels, channels, present)
     _keep(squares, square, num_channels, channels, present)
 
 
 @triton.jit
-def _forward(x, weight, bias, sums, squares, y, mean, rstd, num_channels, places, size, length, eps,
-             BLOCK: tl.constexpr, TAKEN: tl.constexpr, SHARES: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
-    """y = (x - mean) rstd weight + bias; mean and rstd are kept for each channel: (B, C)."""
+def _forward(x, shift, weight, bias, sums, squares, y, mean, rstd, num_channels, places, size, length, eps,
+             BLOCK: tl.constexpr, TAKEN: tl.constexpr, PLACES: tl.constexpr, SHIFTED: tl.constexpr,
+             SHARES: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+    """y = (x + shift - mean) rstd weight + bias; mean less shift, and rstd, are kept for each channel: (B, C)."""
     channels, present, group = _own(num_channels, size, BLOCK, TAKEN)
     count = (places * size).to(tl.float32)
-    off = _over_groups(_total(sums, num_channels, channels, present, SHARES), group) / count
-    square = _over_groups(_total(squares, num_channels, channels, present, SHARES), group) / count
-    middle = _pivot(x, places, num_channels, group, size, present) + off
-    inverse = 1.0 / tl.sqrt(tl.maximum(square - off * off, 0.0) + eps)
+    pivot = _pivot(x, shift, num_channels, places, group, size, present, SHIFTED)
+    own = tl.zeros((BLOCK,), tl.float32)
+    if SHIFTED:
+        own = _of_picture(shift, num_channels, channels, present)
+    if SHARES == 1:  # and so nobody has summed anything up yet
+        total, square = _moment_sums(x, pivot - own, num_channels, places, length, channels, present, BLOCK, PLACES)
+    else:
+        total = _total(sums, num_channels, channels, present, SHARES)
+        square = _total(squares, num_channels, channels, present, SHARES)
+    off = _over_groups(total, group) / count
+    middle = pivot + off - own
+    inverse = 1.0 / tl.sqrt(tl.maximum(_over_groups(square, group) / count - off * off, 0.0) + eps)
     if tl.program_id(0) == 0:
         line = tl.program_id(1) * num_channels
         tl.store(mean + line + channels, middle, mask=present)
         tl.store(rstd + line + channels, inverse, mask=present)
-    factor = inverse * tl.load(weight + channels, mask=present, other=0.0).to(tl.float32)
-    shift = tl.load(bias + channels, mask=present, other=0.0).to(tl.float32)
-    start = tl.program_id(0) * length
-    end = tl.minimum(start + length, places)
+    factor, base = inverse * _of_channels(weight, channels, present), _of_channels(bias, channels, present)
+    start, end = _share(places, length)
     for row in range(start, end, PLACES):
-        at, mask = _at(row, end, places, num_channels, channels, present)
+        at, mask = _at(row, end, places, num_channels, channels, present, PLACES)
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - middle[None, :]
-        value = value * factor[None, :] + shift[None, :]
+        value = value * factor[None, :] + base[None, :]
         if SILU:
             value = value * tl.sigmoid(value)
         tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _before_silu(change, z):
-    """The gradient of z from that of silu(z)."""
-    gate = tl.sigmoid(z)
-    return change * gate * (1.0 + z * (1.0 - gate))
+def _normal_and_change(x, gradient, at, mask, middle, inverse, factor, base, SILU: tl.constexpr):
+    """The normalised x, and the gradient of what silu is given: (PLACES, BLOCK) each."""
+    normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - middle[None, :]) * inverse[None, :]
+    change = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        z = normal * factor[None, :] + base[None, :]
+        gate = tl.sigmoid(z)
+        change = change * gate * (1.0 + z * (1.0 - gate))
+    return normal, change
+
+
+@triton.jit
+def _change_sums(x, gradient, middle, inverse, factor, base, num_channels, places, length, channels, present,
+                 BLOCK: tl.constexpr, PLACES: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+    """Of the gradient g, and of g times the normalised x."""
+    start, end = _share(places, length)
+    total, product = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for row in range(start, end, PLACES):
+        at, mask = _at(row, end, places, num_channels, channels, present, PLACES)
+        normal, change = _normal_and_change(x, gradient, at, mask, middle, inverse, factor, base, SILU)
+        total += tl.sum(change, 0)
+        product += tl.sum(change * normal, 0)
+    return total, product
 
 
 @triton.jit
 def _gradient_sums(x, gradient, weight, bias, mean, rstd, sums, products, num_channels, places, size, length,
-                   BLOCK: tl.constexpr, TAKEN: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
-    """Of the gradient g, and of g times the normalised x."""
+                   BLOCK: tl.constexpr, TAKEN: tl.constexpr, PLACES: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     channels, present, _ = _own(num_channels, size, BLOCK, TAKEN)
-    line = tl.program_id(1) * num_channels
-    middle = tl.load(mean + line + channels, mask=present, other=0.0)
-    inverse = tl.load(rstd + line + channels, mask=present, other=0.0)
-    factor = tl.load(weight + channels, mask=present, other=0.0).to(tl.float32)
-    shift = tl.load(bias + channels, mask=present, other=0.0).to(tl.float32)
-    start = tl.program_id(0) * length
-    end = tl.minimum(start + length, places)
-    total, product = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for row in range(start, end, PLACES):
-        at, mask = _at(row, end, places, num_channels, channels, present)
-        normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - middle[None, :]) * inverse[None, :]
-        change = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
-        if SILU:
-            change = _before_silu(change, normal * factor[None, :] + shift[None, :])
-        total += tl.sum(change, 0)
-        product += tl.sum(change * normal, 0)
+    middle = _of_picture(mean, num_channels, channels, present)
+    inverse = _of_picture(rstd, num_channels, channels, present)
+    factor, base = _of_channels(weight, channels, present), _of_channels(bias, channels, present)
+    total, product = _change_sums(x, gradient, middle, inverse, factor, base, num_channels, places, length, channels,
+                                  present, BLOCK, PLACES, SILU)  # fmt: skip
     _keep(sums, total, num_channels, channels, present)
     _keep(products, product, num_channels, channels, present)
 
 
 @triton.jit
 def _backward(x, gradient, weight, bias, mean, rstd, sums, products, to_x, num_channels, places, size, length,
-              BLOCK: tl.constexpr, TAKEN: tl.constexpr, SHARES: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+              BLOCK: tl.constexpr, TAKEN: tl.constexpr, PLACES: tl.constexpr, SILU: tl.constexpr,
+              SHARES: tl.constexpr):  # fmt: skip
     """rstd (w g - mean(w g) - n mean(w g n)): means over a group, n the normalised x, w the weight."""
     channels, present, group = _own(num_channels, size, BLOCK, TAKEN)
     count = (places * size).to(tl.float32)
-    factor = tl.load(weight + channels, mask=present, other=0.0).to(tl.float32)
-    shift = tl.load(bias + channels, mask=present, other=0.0).to(tl.float32)
-    even = _over_groups(factor * _total(sums, num_channels, channels, present, SHARES), group) / count
-    along = _over_groups(factor * _total(products, num_channels, channels, present, SHARES), group) / count
-    line = tl.program_id(1) * num_channels
-    middle = tl.load(mean + line + channels, mask=present, other=0.0)
-    inverse = tl.load(rstd + line + channels, mask=present, other=0.0)
-    start = tl.program_id(0) * length
-    end = tl.minimum(start + length, places)
+    middle = _of_picture(mean, num_channels, channels, present)
+    inverse = _of_picture(rstd, num_channels, channels, present)
+    factor, base = _of_channels(weight, channels, present), _of_channels(bias, channels, present)
+    if SHARES == 1:  # and so nobody has summed anything up yet, for weight and bias neither
+        total, product = _change_sums(x, gradient, middle, inverse, factor, base, num_channels, places, length,
+                                      channels, present, BLOCK, PLACES, SILU)  # fmt: skip
+        _keep(sums, total, num_channels, channels, present)
+        _keep(products, product, num_channels, channels, present)
+    else:
+        total = _total(sums, num_channels, channels, present, SHARES)
+        product = _total(products, num_channels, channels, present, SHARES)
+    even, along = _over_groups(factor * total, group) / count, _over_groups(factor * product, group) / count
+    start, end = _share(places, length)
     for row in range(start, end, PLACES):
-        at, mask = _at(row, end, places, num_channels, channels, present)
-        normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - middle[None, :]) * inverse[None, :]
-        change = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
-        if SILU:
-            change = _before_silu(change, normal * factor[None, :] + shift[None, :])
+        at, mask = _at(row, end, places, num_channels, channels, present, PLACES)
+        normal, change = _normal_and_change(x, gradient, at, mask, middle, inverse, factor, base, SILU)
         result = (change * factor[None, :] - even[None, :] - normal * along[None, :]) * inverse[None, :]
         tl.store(to_x + at, result.to(to_x.dtype.element_ty), mask=mask)
 
@@ -179,13 +227,15 @@ class _Plan:
         batch, channels, height, width = x.shape
         places, size = height * width, channels // num_groups
         taken = size * max(1, CHANNELS // size)
-        blocks = triton.cdiv(channels, taken)
-        shares = min(MOST, triton.cdiv(places, PLACES.value), triton.cdiv(PROGRAMS, batch * blocks))
-        length = triton.cdiv(triton.cdiv(places, shares), PLACES.value) * PLACES.value
+        blocks, at_once = triton.cdiv(channels, taken), min(PLACES, triton.next_power_of_2(places))
+        shares = min(MOST, triton.cdiv(places, at_once), triton.cdiv(PROGRAMS, batch * blocks))
+        if places <= FEW and batch * blocks >= ENOUGH:  # a second one would take longer to start
+            shares = 1
+        length = triton.cdiv(triton.cdiv(places, shares), at_once) * at_once
         self.grid = (triton.cdiv(places, length), batch, blocks)
         self.sums = x.new_empty((2, batch, self.grid[0], channels), dtype=torch.float32)
         self.sizes = (channels, places, size, length)
-        self.block = {"BLOCK": triton.next_power_of_2(taken), "TAKEN": taken}
+        self.block = {"BLOCK": triton.next_power_of_2(taken), "TAKEN": taken, "PLACES": at_once}
         self.shares = {"SHARES": triton.next_power_of_2(self.grid[0])}
 
 
@@ -193,13 +243,19 @@ class _GroupNorm(torch.autograd.Function):
     """(B, C, H, W) to the same; the statistics are float32, whatever x is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+    ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         plan, y = _Plan(x, num_groups), torch.empty_like(x)
         mean, rstd = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
-        _moments[plan.grid](x, *plan.sums, *plan.sizes, **plan.block)
-        known = x, weight, bias, *plan.sums, y, mean, rstd
-        _forward[plan.grid](*known, *plan.sizes, eps, **plan.block, **plan.shares, SILU=silu)
+        how = {**plan.block, "SHIFTED": shift is not None}
+        known = x, x if shift is None else shift.contiguous()
+        if plan.grid[0] > 1:
+            _moments[plan.grid](*known, *plan.sums, *plan.sizes, **how)
+        _forward[plan.grid](
+            *known, weight, bias, *plan.sums, y, mean, rstd, *plan.sizes, eps, **how, **plan.shares, SILU=silu
+        )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.settings = num_groups, silu
         return y
@@ -211,15 +267,18 @@ class _GroupNorm(torch.autograd.Function):
         num_groups, silu = ctx.settings
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
         plan, to_x = _Plan(x, num_groups), torch.empty_like(x)
-        known = x, gradient, weight, bias, mean, rstd, *plan.sums
-        _gradient_sums[plan.grid](*known, *plan.sizes, **plan.block, SILU=silu)
-        _backward[plan.grid](*known, to_x, *plan.sizes, **plan.block, **plan.shares, SILU=silu)
-        if not ctx.needs_input_grad[1]:
-            return to_x, None, None, None, None, None
-        to_bias, to_weight = plan.sums.sum((1, 2)).to(weight.dtype)
-        return to_x, to_weight, to_bias, None, None, None
+        known, how = (x, gradient, weight, bias, mean, rstd, *plan.sums), {**plan.block, "SILU": silu}
+        if plan.grid[0] > 1:
+            _gradient_sums[plan.grid](*known, *plan.sizes, **how)
+        _backward[plan.grid](*known, to_x, *plan.sizes, **how, **plan.shares)
+        to_bias, to_weight = plan.sums.sum((1, 2)).to(weight.dtype) if ctx.needs_input_grad[2] else (None, None)
+        return to_x, None, to_weight, to_bias, None, None, None
 
 
-def group_norm(x: Tensor, layer: nn.GroupNorm, *, silu: bool = False) -> Tensor:
-    """What the layer makes of pictures (B, C, H, W), in their own precision, and silu of that if asked for."""
-    return _GroupNorm.apply(x, layer.weight, layer.bias, layer.num_groups, layer.eps, silu)
+def group_norm(x: Tensor, layer: nn.GroupNorm, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+    """What the layer makes of pictures (B, C, H, W), in their own precision, and silu of that if asked for.
+
+    Args:
+        shift: (B, C), added to the pictures before; it gets no gradient.
+    """
+    return _GroupNorm.apply(x, shift, layer.weight, layer.bias, layer.num_groups, layer.eps, silu)
