@@ -195,6 +195,21 @@ def test_a_difference_is_of_the_same_concept_and_as_sure_as_concepts_agree():
     assert difference("prompt", better, base) == "-"
 
 
+def test_an_adapter_is_judged_at_the_weight_that_its_variant_asks_for(write: Any):
+    weighed = {f"at {weight}": [f"judging.weight={weight}"] for weight in (0, 1)}
+    path = write(variants={"default": [], **weighed}, concepts=["others"])
+    default, nothing, whole = tasks(read(path), path)
+    assert default.digest == whole.digest != nothing.digest  # what is judged as before is not run again
+    run_study(path)
+    drift = {row["variant"]: float(row["drift"]) for row in rows_of(path)}
+    assert drift["at 0"] == 0 < drift["default"] == drift["at 1"]
+    assert "- at 0: `judging.weight=0`" in path.with_suffix(".md").read_text()
+
+    path = write(variants={"default": [], "wrong": ["judging.weight=much", "judging.steps=2"]})
+    with pytest.raises(UserError, match=r"LoRA\.variants\.wrong: judging\.weight: "):
+        tasks(read(path), path)
+
+
 def test_a_run_is_known_by_all_that_its_figures_depend_on(write: Any, tmp_path: Path):
     def digests(path: Path) -> list[str]:
         return [task.digest for task in tasks(read(path), path)]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from finetune.config import LocalPath, PositiveInt, Section, Strings, Text, build, read_tree
+from finetune.config import LocalPath, PositiveInt, Section, Strings, Text, build, override, read_tree
 from finetune.dataset import Picture
 from finetune.errors import UserError, did_you_mean
 from finetune.evaluation.prompts import Prompts
@@ -31,6 +31,14 @@ class Judging(Section):
     class_pictures: Annotated[int, Field(ge=2)] = 8
     steps: PositiveInt = 25
     guidance: Annotated[float, Field(ge=1)] = 5.0
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Of the adapter; a variant has its own by `judging.weight=0.7` among its settings."""
+
+
+class _Judged(Section):
+    """So that what is wrong with a weight is said under its whole name."""
+
+    judging: Judging
 
 
 class Taught(Section):
@@ -168,17 +176,18 @@ class _Planner:
         if taught.class_prompt is None and any("{class}" in text for text in given):
             raise UserError(f"{{class}} stands in the settings, but {named.concept} has no class_prompt. Add it.")
         filled = [text.replace("{class}", taught.class_prompt or "") for text in given]
+        of_recipe, judging = _split(filled, study.judging)
         for seed in dict.fromkeys(study.seeds):
-            own = (*filled, f"train.seed={seed}")
-            digest = self.digest(load(comparison.recipe, own), taught.class_prompt)
-            yield Task(*named, seed, comparison.recipe, own, taught.class_prompt, study.judging, digest)
+            own = (*of_recipe, f"train.seed={seed}")
+            digest = self.digest(load(comparison.recipe, own), taught.class_prompt, judging)
+            yield Task(*named, seed, comparison.recipe, own, taught.class_prompt, judging, digest)
 
-    def digest(self, recipe: Recipe[Any], class_prompt: str | None) -> str:
+    def digest(self, recipe: Recipe[Any], class_prompt: str | None, judging: Judging) -> str:
         """The same on another machine: paths are taken from the study's folder, and files stand for what they hold."""
         tree = recipe.dump()
         del tree["output"]["folder"]
         pictures = [(picture.sha256, picture.captions) for picture in self._pictures(recipe)]
-        drawn = self.study.judging.model_dump(exclude={"prompts"})
+        drawn = judging.model_dump(exclude={"prompts", "weight"} if judging.weight == 1 else {"prompts"})
         parts = [_relative(tree, self.folder.resolve()), pictures, self._weights(recipe), drawn, self.prompts]
         return hashlib.sha256(json.dumps([*parts, class_prompt]).encode()).hexdigest()[:12]
 
@@ -196,6 +205,13 @@ class _Planner:
             found = outline(recipe.base)
             self.weights[key] = None if found is None else fingerprint(found.kind, found.weights)
         return self.weights[key]
+
+
+def _split(settings: Sequence[str], judging: Judging) -> tuple[list[str], Judging]:
+    """Those of the recipe, and the judging with the weight that they ask for."""
+    weights = [text for text in settings if text.partition("=")[0] == "judging.weight"]
+    tree = override({"judging": judging.model_dump()}, weights)
+    return [text for text in settings if text not in weights], build(_Judged, tree).judging
 
 
 def _setting(key: str, path: Path) -> str:

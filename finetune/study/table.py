@@ -85,7 +85,7 @@ def _cells(variant: str, own: Sequence[Row], base: Sequence[Row], asked: int) ->
         _mean("class_varied", whole),
         _mean("drift", whole, ".4f"),
         _mean("copies", whole, ".0%"),
-        f"{median(row.seconds or 0.0 for row in whole):.1f}",
+        _median([row.seconds for row in whole if row.seconds is not None]),
         _mean("kilobytes", whole, ".0f"),
     ]
 
@@ -106,6 +106,10 @@ def difference(name: str, own: Sequence[Row], base: Sequence[Row]) -> str:
         return f"{score.value:+.2f}"
     text = f"{score.value:+.2f} [{score.low:+.2f}, {score.high:+.2f}]"
     return f"**{text}**" if score.low > 0 or score.high < 0 else text
+
+
+def _median(seconds: Sequence[float]) -> str:
+    return f"{median(seconds):.1f}" if seconds else "-"
 
 
 def _mean(name: str, rows: Sequence[Row], shown: str = ".2f") -> str:

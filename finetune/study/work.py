@@ -128,7 +128,7 @@ def _measured(row: Row, task: Task, folder: Path) -> Row:
     asked = task.judging
     size = Size(asked.seeds, asked.class_pictures, weights=())
     settings = Settings(prompts=asked.prompts, size=size, steps=asked.steps, guidance=asked.guidance)
-    job = prepare(str(folder), Given(class_prompt=task.class_prompt), settings)
+    job = prepare(f"{folder}={asked.weight}", Given(class_prompt=task.class_prompt), settings)
     found, _ = job.look([_encoder(job.encoder)], known=_known())
     [scores] = found.scores
     return replace(

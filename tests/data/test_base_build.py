@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -49,6 +50,29 @@ def test_a_technique_redraws_a_picture_and_does_so_the_same_way_each_time(build_
         found = technique(picture)
         assert found.shape == picture.shape and found.min() >= 0 and found.max() <= 1
         assert torch.equal(found, technique(picture)) and not torch.equal(found, picture)
+
+
+def test_every_prompt_of_the_studies_can_be_drawn_true(build_path, toys):
+    from composer import Composer
+    from layouts import Arranger, Place
+    from shown import THINGS, compose
+
+    from finetune.evaluation.prompts import Prompts
+
+    pictures, sprites = toys
+    labels = ("fox", *THINGS)
+    five = [replace(sprite, label=label) for sprite, label in zip(sprites, labels, strict=False)]
+    lines = Prompts.load("embedded").lines
+    arranger = Arranger(five, Place(None, 0.16), Random(0))
+    asked = [compose(line, arranger) for line in lines]
+    shown = [[layer.sprite for layer in picture.layers] for picture in asked]
+    assert shown == [[0]] * 16 + [[0, 1], [0, 2], [0, 3], [0, 4]]
+    drawn = dict(zip(lines, Composer(pictures[:5], five, 64).draw(asked), strict=True))
+    red, green, blue = drawn["{} on a red background"][:, 0, 0]
+    assert red > 2 * max(green, blue)
+    assert len({picture.numpy().tobytes() for picture in drawn.values()}) == len(lines)
+    with pytest.raises(KeyError):
+        compose("{} on the phone", arranger)
 
 
 def test_training_and_evaluation_share_no_pairing_of_thing_and_place(toys):

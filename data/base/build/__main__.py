@@ -11,6 +11,7 @@
     card       put the measured numbers into the model card                     (CPU, at once)
     concepts   draw the sample concepts into data/concepts                      (CPU)
     studied    draw the concepts of the studies into data/studies/concepts      (CPU)
+    shown      judge true pictures of their subjects into data/studies/shown.csv (CPU, minutes)
     all        everything, in this order; a finished stage is skipped
 
 `--smoke` runs train, export and measure at toy size on toy sprites: two CPU cores, under a minute, no network.
@@ -29,9 +30,9 @@ from settings import Settings, smoke
 BASE = Path(__file__).resolve().parents[1]
 STAGES = (
     "sprites", "train", "export", "refine", "samples", "paint", "measure", "personalise", "card", "concepts", "studied",
-    "all",
+    "shown", "all",
 )  # fmt: skip
-NOT_SMOKED = ("sprites", "samples", "personalise", "card", "concepts", "studied")
+NOT_SMOKED = ("sprites", "samples", "personalise", "card", "concepts", "studied", "shown")
 
 
 def parse() -> argparse.Namespace:
@@ -89,6 +90,7 @@ def plan(args: argparse.Namespace, start: float) -> dict[str, tuple]:
         "card": ("card", "write_card", run, target / "README.md"),
         "concepts": ("concepts", "write_concepts", run / "npm", BASE.parent / "concepts"),
         "studied": ("concepts", "write_studied", run / "npm", BASE.parent / "studies" / "concepts"),
+        "shown": ("shown", "measure_shown", run / "npm", target, BASE.parent / "studies" / "defaults.yaml"),
     }
 
 
