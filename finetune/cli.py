@@ -99,10 +99,13 @@ def generate(
     output: Annotated[Path, typer.Option(help="A folder, made if it does not exist.")] = Path("outputs/pictures"),
 ) -> None:
     """Make pictures with any mix of adapters: from prompts, pictures, masks, maps and instructions."""
-    from finetune.canvas import Margins, parse_size
-    from finetune.generate import generate_files
-    from finetune.load import Adapter
-    from finetune.tasks import Inputs
+    from finetune.headstart import importing
+
+    with importing():
+        from finetune.canvas import Margins, parse_size
+        from finetune.generate import generate_files
+        from finetune.load import Adapter
+        from finetune.tasks import Inputs
 
     prompts = [text for text in prompt for _ in range(count)]
     adapters = [Adapter.parse(text) for text in adapter or []]
@@ -132,11 +135,14 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier evaluation.")] = False,
 ) -> None:
     """Measure runs: identity, prompt following, drift, diversity, copying, and the best weight."""
-    from finetune.evaluation.concept import Given
-    from finetune.evaluation.evaluate import Settings, evaluate, parse_weights
-    from finetune.evaluation.studio import Size
-    from finetune.evaluation.words import compare, report
-    from finetune.report import show
+    from finetune.headstart import importing
+
+    with importing():
+        from finetune.evaluation.concept import Given
+        from finetune.evaluation.evaluate import Settings, evaluate, parse_weights
+        from finetune.evaluation.studio import Size
+        from finetune.evaluation.words import compare, report
+        from finetune.report import show
 
     given, size = Given(photos, base, class_prompt, subject), Size(seeds, weights=parse_weights(weights))
     settings = Settings(prompts, tuple(encoder or ()), size, steps, guidance, output, overwrite)
