@@ -154,6 +154,13 @@ def test_a_study_that_makes_no_sense_is_refused(write: Any, changes: dict[str, A
     assert any(said in problem for problem in refused.value.problems)
 
 
+def test_a_study_that_is_not_there_is_named_once(tmp_path: Path):
+    path = tmp_path / "none.yaml"
+    with pytest.raises(UserError) as refused:
+        read(path)
+    assert refused.value.problems == [f"{path}: cannot be read: No such file or directory"]
+
+
 def test_a_concept_has_one_name(write: Any):
     path = write()
     path.write_text(path.read_text().replace("    bird:", "    dog:"))

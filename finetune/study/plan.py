@@ -100,8 +100,9 @@ class Task:
 
 def read(path: Path) -> Study:
     """Raises: UserError, with everything that is wrong in the file itself."""
+    tree = read_tree(path)
     try:
-        study = build(Study, read_tree(path))
+        study = build(Study, tree)
     except UserError as error:
         raise UserError([f"{path}:", *(f"  {problem}" for problem in error.problems)]) from None
     problems = [
