@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import lessons
 import pytest
 import tiny
 import torch
@@ -12,7 +14,9 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.gpu import INTERPRETED
+from finetune import run
+from finetune.families.flux import Flux
+from finetune.gpu import INTERPRETED, make_ready
 
 if not torch.cuda.is_available() and not INTERPRETED:
     pytest.skip("a GPU's kernels need a GPU, or Triton's interpreter: make kernels", allow_module_level=True)
@@ -125,6 +129,27 @@ def test_a_unet_with_channels_side_by_side_predicts_and_learns_the_same(
     pooled = torch.randn(2, (usual.config.projection_class_embeddings_input_dim or 48) - 48, device=DEVICE)
     added = {"time_ids": torch.randn(2, 6, device=DEVICE), "text_embeds": pooled}
     compare(usual, moved, inputs, {"added_cond_kwargs": added})
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("stable_diffusion", "textual_inversion"), ("stable_diffusion_xl", "lora"), ("flux", "lora")],
+)
+def test_a_run_on_a_base_in_half_precision_learns_the_same_and_passes_its_own_check(
+    family: str, method: str, base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(Flux.prompt_lengths, "text_encoder_2", 8)  # an interpreter takes its time for each token
+    losses = []
+    for readied in (False, True):
+        way = {"rank": 4} if method == "lora" else {"init": "thing"}
+        settings = {"train": {"precision": "bf16", "capture": False, "steps": 2}, "validation": {"prompts": []}}
+        at_work = run.prepare(lessons.recipe(base_folder(family), tmp_path / str(readied), method, way, **settings))
+        if readied:
+            make_ready(at_work.family.denoiser)
+        at_work.loop()
+        losses.append([line["loss"] for line in lessons.lines(at_work.folder) if "loss" in line])
+        assert at_work.finish().verdict.passed
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 @pytest.mark.parametrize("trained", ["inputs", "weights"])

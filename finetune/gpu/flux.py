@@ -129,7 +129,7 @@ def _joined(text: Tensor, picture: Tensor) -> Tensor:
 
 def _of_both(layer: nn.Module, first: Tensor, second: Tensor) -> Tensor:
     """The answer to both, one beside the other, without laying them so."""
-    if type(layer) is not nn.Linear or layer.weight.requires_grad:
+    if type(layer) is not nn.Linear or layer.weight.requires_grad or layer.weight.dtype != first.dtype:
         return layer(torch.cat([first, second], dim=-1))
     own, other = layer.weight.split([first.shape[-1], second.shape[-1]], dim=1)
     found = nn.functional.linear(first, own, layer.bias)

@@ -41,22 +41,24 @@ class SideBySideResnet(ResnetBlock2D):
         first, second, around = cast(Any, (self.conv1, self.conv2, self.conv_shortcut))
         hidden = group_norm(input_tensor, self.norm1, silu=True)
         time = None if self.time_emb_proj is None else self.time_emb_proj(nn.functional.silu(temb))
-        if _is_bare(first) and (time is None or not time.requires_grad):
+        if _is_bare(first, hidden) and (time is None or not time.requires_grad):
             shift = first.bias.expand(len(hidden), -1) if time is None else time + first.bias
             hidden = group_norm(_without_bias(first, hidden), self.norm2, silu=True, shift=shift)
         else:
             hidden = first(hidden) if time is None else first(hidden) + time[:, :, None, None]
             hidden = group_norm(hidden, self.norm2, silu=True)
-        if not _is_bare(second) or not (around is None or _is_bare(around)):
+        if not _is_bare(second, hidden) or not (around is None or _is_bare(around, hidden)):
             return second(hidden) + (input_tensor if around is None else around(input_tensor))
         bias = second.bias if around is None else second.bias + around.bias
         other = input_tensor if around is None else _without_bias(around, input_tensor)
         return add(_without_bias(second, hidden), other, bias)
 
 
-def _is_bare(layer: nn.Module) -> bool:
-    """Whether a convolution has nothing around it, and a bias that nobody trains."""
-    return type(layer) is nn.Conv2d and layer.bias is not None and not layer.bias.requires_grad
+def _is_bare(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a convolution has nothing around it, and a bias that nobody trains; hooks change its precision."""
+    if type(layer) is not nn.Conv2d or layer.bias is None or layer.bias.requires_grad:
+        return False
+    return layer.weight.dtype == x.dtype
 
 
 def _without_bias(layer: Any, x: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class SideBySideTransformer(Transformer2DModel):
 
 def _project(layer: nn.Module, tokens: Tensor, height: int) -> Tensor:
     """(B, HW, n) to (B, HW, m): a convolution of single places is a product of matrices, which adds the bias."""
-    if type(layer) is nn.Conv2d:
+    if type(layer) is nn.Conv2d and layer.weight.dtype == tokens.dtype:
         return nn.functional.linear(tokens, layer.weight.flatten(1), layer.bias)
     if isinstance(layer, nn.Linear):
         return layer(tokens)
