@@ -26,9 +26,7 @@ def make_ready(denoiser: nn.Module) -> None:
         from finetune.gpu.flux import lean
 
         lean(denoiser)
-    # cuDNN's attention is twice as fast, but going back through what diffusers gives it of FLUX it reads where it may
-    # not (seen with cuDNN 9.19).
-    torch.backends.cuda.enable_cudnn_sdp(is_unet or (is_flux and has_kernels))
+    torch.backends.cuda.enable_cudnn_sdp(is_unet)  # for others see flux.py
 
 
 def runs(x: Tensor) -> bool:
