@@ -8,6 +8,7 @@ import resource
 import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -46,22 +47,25 @@ class Timing:
     share_of_peak: float | None = None  # of what the GPU's data sheet promises
     picture_s: float | None = None  # one validation picture, drawn in a batch
     peak_gib: float | None = None  # of the process, or what torch took of the GPU
+    command_s: float | None = None  # of all the recipe's steps, from the command to the adapter
 
 
-def measure(recipe: Recipe[Any], steps: int, setting: str = "", *, random: bool = False) -> Timing:
+def measure(
+    recipe: Recipe[Any], steps: int, setting: str = "", *, random: bool = False, command: bool = False
+) -> Timing:
     """Train `steps` counted updates in a folder that is thrown away, and draw the validation prompts once.
+
+    Each process of a launcher does its share.
 
     Args:
         setting: what was changed in the recipe, in words.
         random: whether the base is made from its configs alone.
+        command: whether the whole run is timed as well, in a process of its own.
     """
     _forget()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        train = recipe.train.model_copy(update={"steps": WARM_UP + steps, "warmup": 0})
-        output = recipe.output.model_copy(update={"folder": Path(folder) / "run"})
-        changed = recipe.model_copy(update={"train": train, "output": output})
-        at_work = run.prepare(changed, load=_random if random else None)
+        at_work = run.prepare(_shortened(recipe, steps, Path(folder)), load=_random if random else None)
         at_work.trainer.encode()
         if random and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # real weights are packed before they get there
@@ -87,7 +91,23 @@ def measure(recipe: Recipe[Any], steps: int, setting: str = "", *, random: bool 
         share_of_peak=None if peak is None else round(flops / step / (peak * 1e12), 3),
         picture_s=round(drawing / prompts, 2) if prompts else 0.0,
         peak_gib=round(_peak_memory() / 2**30, 2),
+        command_s=_run_command(recipe) if command else None,
     )
+
+
+def _shortened(recipe: Recipe[Any], steps: int, folder: Path) -> Recipe[Any]:
+    train = recipe.train.model_copy(update={"steps": WARM_UP + steps, "warmup": 0})
+    output = recipe.output.model_copy(update={"folder": folder / "run"})
+    return recipe.model_copy(update={"train": train, "output": output})
+
+
+def _run_command(recipe: Recipe[Any]) -> float:
+    """Seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(recipe.to_yaml(), encoding="utf-8")
+        words = [sys.executable, "-m", "finetune", "train", str(file), "output.folder={folder}/run"]
+        return round(_run(words, recipe.train.steps, "bench"), 1)
 
 
 def counter() -> FlopCounterMode:
@@ -111,8 +131,8 @@ def measure_peer(command: str, steps: int) -> Timing:
     if "{steps}" not in command:
         raise UserError("--peer: the command needs {steps} where its number of steps stands")
     words = shlex.split(command)
-    short = _run_peer(words, WARM_UP)
-    while (long := _run_peer(words, WARM_UP + steps)) < 2 * short:  # or how long it takes to start decides
+    short = _run(words, WARM_UP, "--peer")
+    while (long := _run(words, WARM_UP + steps, "--peer")) < 2 * short:  # or how long it takes to start decides
         steps *= 2
     step = (long - short) / steps
     script = next((Path(word).name for word in words if word.endswith((".py", ".sh"))), words[0])
@@ -120,8 +140,8 @@ def measure_peer(command: str, steps: int) -> Timing:
     return Timing(script, "peer", None, None, first_step_s=round(first, 2), step_ms=round(step * 1000, 1))
 
 
-def _run_peer(words: list[str], steps: int) -> float:
-    """Seconds."""
+def _run(words: list[str], steps: int, title: str) -> float:
+    """Seconds that a command takes, with its number of steps and a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         command = [word.replace("{steps}", str(steps)).replace("{folder}", folder) for word in words]
         start = time.perf_counter()
@@ -129,7 +149,7 @@ def _run_peer(words: list[str], steps: int) -> float:
         taken = time.perf_counter() - start
     if done.returncode:
         said = (done.stderr or done.stdout).splitlines()[-5:]
-        raise UserError([f"--peer: {words[0]} ended with status {done.returncode}:", *said])
+        raise UserError([f"{title}: {words[0]} ended with status {done.returncode}:", *said])
     return taken
 
 

@@ -261,16 +261,22 @@ def bench(
         list[str] | None,
         typer.Option(metavar="COMMAND", help="Also time another program: its command, with {steps} and {folder}."),
     ] = None,
+    command: Annotated[bool, typer.Option("--command", help="Also time each as a whole, to the adapter.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
     """Time recipes on this machine: steps, pictures, memory."""
+    if command and random:
+        raise UserError("--command: a run compares its adapter with the base on the disk, and --random has none there.")
     loaded = [(_load(name, shlex.split(text)), text) for name in recipes for text in change or [""]]
     import json
     from dataclasses import asdict
 
     from finetune import bench
+    from finetune.processes import is_main
 
-    timings = [bench.measure(recipe, steps, text, random=random) for recipe, text in loaded]
+    timings = [bench.measure(recipe, steps, text, random=random, command=command) for recipe, text in loaded]
+    if not is_main():
+        return
     timings += [bench.measure_peer(command, steps) for command in peer or []]
     print(", ".join(f"{name} {value}" for name, value in bench.machine().items()), bench.table(timings), sep="\n")
     if output is not None:

@@ -32,6 +32,11 @@ def agree(parts: Sequence[Tensor]) -> None:
             torch.distributed.broadcast(part.data, src=0)
 
 
+def is_main() -> bool:
+    """Whether this is the process that speaks for all."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def _buckets(parts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """In the given order, each bucket of one precision and, but for a single part, of at most so many numbers."""
     bucket: list[Tensor] = []

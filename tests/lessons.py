@@ -92,11 +92,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in found if "seconds" not in line]
 
 
-def train_on_two(recipe: Path) -> subprocess.CompletedProcess[str]:
-    """A recipe's file trained by two processes, each on a core of its own."""
+def on_two(*command: str) -> subprocess.CompletedProcess[str]:
+    """A command of finetune carried out by two processes, each on a core of its own."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     return subprocess.run(
-        [*launcher, "-m", "finetune", "train", str(recipe)],
+        [*launcher, "-m", "finetune", *command],
         capture_output=True,
         text=True,
         timeout=250,

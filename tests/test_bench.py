@@ -56,6 +56,23 @@ def test_a_base_of_configs_alone_is_timed_with_random_weights(family: str, base_
         measure(recipe, steps=1)
 
 
+def test_a_recipe_is_timed_from_the_command_to_the_adapter(base_folder: Any, tmp_path: Path):
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain")
+    timing = measure(recipe, steps=1, command=True)
+    assert timing.command_s is not None and timing.command_s > timing.step_ms / 1000
+    assert not recipe.output.folder.exists()
+    result = CliRunner().invoke(app, ["bench", "demo", "--command", "--random"])
+    assert isinstance(result.exception, UserError) and "--random" in str(result.exception)
+
+
+def test_two_processes_share_the_steps_that_are_timed_and_one_speaks(base_folder: Any, tmp_path: Path):
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path / "run", "lora", "plain")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    done = lessons.on_two("bench", str(tmp_path / "recipe.yaml"), "--steps", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| lesson |  | lora | 2 |") == 1
+
+
 def test_a_batched_product_in_float32_of_halves_is_counted_like_any_other():
     a, b = (torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((2, 3, 4), (2, 4, 5)))
     with counter() as counted:

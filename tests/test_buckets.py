@@ -273,7 +273,7 @@ def test_two_processes_see_the_buckets_of_one(base_folder: Any, tmp_path: Path):
     at_work.loop()
     alone = lessons.lines(at_work.folder)
     (tmp_path / "recipe.yaml").write_text(recipes[1].to_yaml())
-    done = lessons.train_on_two(tmp_path / "recipe.yaml")
+    done = lessons.on_two("train", str(tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     together = lessons.lines(tmp_path / "two" / "run")
     for one, two in zip(alone, together, strict=True):

@@ -138,7 +138,7 @@ def test_two_processes_see_the_samples_of_one_and_learn_the_same(base_folder: An
     alone.loop()
     alone.finish()
     (tmp_path / "recipe.yaml").write_text(recipes[2].to_yaml())
-    done = lessons.train_on_two(tmp_path / "recipe.yaml")
+    done = lessons.on_two("train", str(tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x " in done.stdout
     together = lessons.lines(tmp_path / "2" / "run")
