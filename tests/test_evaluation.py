@@ -26,6 +26,7 @@ from finetune.evaluation.prompts import Prompts, names
 from finetune.evaluation.result import Evaluation, Sweep, WeightScore
 from finetune.evaluation.scoring import choose
 from finetune.evaluation.studio import Size
+from finetune.evaluation.words import describe
 from finetune.generate import generate
 from finetune.load import Adapter
 
@@ -221,6 +222,21 @@ def test_every_weight_is_measured_on_the_same_prompts_and_noise(
 )
 def test_the_best_weight_has_the_best_balance(balances: dict[float, float], best: float | None):
     assert choose([WeightScore(weight, 0, 0, 0, balance) for weight, balance in balances.items()]) == best
+
+
+@pytest.mark.parametrize(
+    ("floor", "ceiling", "share", "words"),
+    [(0.2, 0.6, 0.75, "good"), (0.2, None, None, "ceiling unknown)"), (0.57, 0.6, None, "does not tell the photos")],
+)
+def test_what_an_encoder_does_not_tell_from_the_base_is_not_called_learnt(
+    evaluated: tuple[Evaluation, Path], floor: float, ceiling: float | None, share: float | None, words: str
+):
+    found = evaluated[0]
+    scores = found.scores[0]
+    identity = replace(scores.identity, value=0.5)
+    told = replace(found, scores=(replace(scores, identity=identity, floor=floor, ceiling=ceiling),))
+    assert told.scores[0].likeness == (share if share is None else pytest.approx(share))
+    assert words in describe(told)["identity"]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,8 @@ def _means(every: Sequence[Evaluation]) -> tuple[str, ...]:
 def _identity(scores: EncoderScores) -> str:
     share, ceiling = scores.likeness, "unknown" if scores.ceiling is None else f"{scores.ceiling:.2f}"
     text = f"{scores.identity} (floor {scores.floor:.2f}, ceiling {ceiling})"
+    if scores.ceiling is not None and share is None:
+        return f"{text}: unknown, this encoder does not tell the photos from the base's own pictures"
     if share is None:
         return text
     verdicts = {
