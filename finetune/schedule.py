@@ -47,7 +47,7 @@ class TrainConfig(Section):
     ] = "no"  # YAML reads a bare `no` as false
     gradient_checkpointing: bool = False
     capture: bool = True
-    """Replay a step as one CUDA graph, on one GPU."""
+    """On a GPU, replay a step as one CUDA graph."""
     min_snr_gamma: PositiveFloat | None = None
     zero_terminal_snr: bool = False
     noise_offset: Annotated[float, Field(ge=0)] = 0.0
