@@ -59,6 +59,7 @@ def test_what_is_held_out_is_never_trained_on_and_check_names_it(base_folder: An
     _, (unseen,) = split(scan(asked.dataset), 1)
     assert unseen.path not in seen and len(seen) == 3
     assert plan.survey(asked).plan["held out"] == Path(unseen.path).name
+    assert not any("not used" in line for line in plan.warnings(asked, at_work.pictures))
 
 
 @pytest.mark.parametrize("way", lessons.FAMILY_X_METHOD, ids=lambda case: "-".join(map(str, case)))

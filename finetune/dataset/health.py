@@ -20,7 +20,7 @@ from PIL import Image
 from finetune.dataset import buckets, masks, metadata
 from finetune.dataset.colors import profile_damage
 from finetune.dataset.pixels import JPEGS, SUFFIXES, Size, decode, open_picture, scaled_size
-from finetune.dataset.scan import CAPTION_SUFFIXES, Picture, room
+from finetune.dataset.scan import CAPTION_SUFFIXES, Picture, room, scan
 from finetune.dataset.settings import DatasetConfig
 from finetune.dataset.turning import SIDEWAYS, exif_damage, orientation, upright
 
@@ -125,7 +125,8 @@ def look(picture: Picture, background: str) -> Look:
 
 def ignored(pictures: Sequence[Picture], config: DatasetConfig) -> Iterator[Finding]:
     """What lies in the folders and is not used; what systems leave there themselves is not told."""
-    used = {Path(picture.path) for picture in pictures}
+    every = scan(config) if config.held_out else pictures  # what is held out is used, too
+    used = {Path(picture.path) for picture in every}
     used |= {path.with_suffix(suffix) for path in used for suffix in CAPTION_SUFFIXES}
     for folder in (given.folder for given in config.all_folders):
         entries = sorted(folder.iterdir())
