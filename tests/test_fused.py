@@ -209,7 +209,8 @@ def pair(model: Any) -> tuple[Any, Any]:
 def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert float((found[name] - value).norm()) <= 1e-5 * float(value.norm()) + 1e-7, name
+        # In float32 what is summed up in another order was off by 1.05e-5 on one processor; what is wrong is off by 1.
+        assert float((found[name] - value).norm()) <= 5e-5 * float(value.norm()) + 1e-7, name
 
 
 def groups(model: nn.Module) -> Counter[tuple[str, ...]]:
