@@ -143,7 +143,8 @@ class Encoder:
         with ThreadPoolExecutor() as pool:
             pixels = list(pool.map(lambda draw: torch.from_numpy(draw.pixels()), draws))
         posterior = self.family.encode_image(torch.stack(pixels))
-        means, stds = posterior.mean.cpu().split(1), posterior.std.cpu().split(1)
+        # Side by side channels would be convolved in another way than those that were laid in a file.
+        means, stds = (part.cpu().contiguous().split(1) for part in (posterior.mean, posterior.std))
         return [Posterior(*pair) for pair in zip(means, stds, strict=True)]
 
     @torch.no_grad()

@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 
+from finetune import cache
 from finetune.config import build
 from finetune.families.base import families
 from finetune.methods.base import methods
 from finetune.recipe import Recipe
+
+KEPT = {setting: getattr(cache, setting) for setting in ("IN_MEMORY", "OF_DISK", "SEGMENT")}
 
 # Method -> the ways to use it that differ in code. A registered method without one fails the matrix.
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
@@ -84,6 +88,15 @@ def recipe(
     for section, values in sections.items():
         tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
     return build(Recipe[methods[method]], tree)
+
+
+PLACES = {"memory": {}, "file": {"IN_MEMORY": 0, "SEGMENT": 2**16}, "nowhere": {"IN_MEMORY": 0, "OF_DISK": 0}}
+
+
+def keep_in(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what is encoded finds room, or that it finds none."""
+    for setting in ("IN_MEMORY", "OF_DISK", "SEGMENT"):
+        monkeypatch.setattr(cache, setting, PLACES[place].get(setting, KEPT[setting]))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

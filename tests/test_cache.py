@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import tiny
 import torch
 
 from finetune import cache, run
+from finetune.families.base import Prompt
 
 RANDOM = {"crop": "random", "flip": True}
 
@@ -54,16 +58,50 @@ def test_a_text_encoder_that_is_trained_stays(base_folder: Any, tmp_path: Path):
     assert calls == {"text_encoder": 1, "text_encoder_2": 1}
 
 
-def test_without_room_each_step_encodes_and_learns_the_same(
+@pytest.mark.parametrize("family", tiny.BASES)
+def test_wherever_there_is_room_for_what_is_encoded_the_steps_learn_the_same(
+    family: str, base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    losses = {}
+    for place in lessons.PLACES:
+        lessons.keep_in(place, monkeypatch)
+        at_work = prepare(base_folder(family), tmp_path / place, **RANDOM)
+        losses[place] = [report.loss for report in at_work.trainer.steps()]
+        assert bool(at_work.family.resting) == at_work.trainer.encoder.complete == (place != "nowhere")
+    assert losses["file"] == losses["memory"] == losses["nowhere"]
+
+
+def test_a_file_holds_tensors_of_any_precision_bit_by_bit_and_leaves_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cache, "SEGMENT", 1000)
+    tensors = [
+        torch.randn(7, 11),
+        torch.randn(300).bfloat16(),
+        torch.rand(1, 5) > 0.5,
+        torch.arange(9),
+        torch.tensor(2.5),
+    ]
+    shelf = cache.Shelf()
+    laid = [shelf.lay(tensor) for tensor in tensors]
+    assert all(torch.equal(found, tensor) for found, tensor in zip(laid, tensors, strict=True))
+    prompt = shelf.lay(Prompt(tensors[0], pooled=tensors[1]))
+    assert torch.equal(prompt.pooled, tensors[1]) and prompt.mask is None
+    assert shelf.num_bytes >= 2000 and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_others_have_filled_up_is_as_good_as_none(
     base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    losses = []
-    for room in (cache.KEPT_BYTES, 0):
-        monkeypatch.setattr(cache, "KEPT_BYTES", room)
-        at_work = prepare(base_folder("stable_diffusion"), tmp_path / str(room), **RANDOM)
-        losses.append([report.loss for report in at_work.trainer.steps()])
-        assert bool(at_work.family.resting) == bool(room)
-    assert losses[0] == losses[1]
+    lessons.keep_in("file", monkeypatch)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    at_work = prepare(base_folder("stable_diffusion"), tmp_path)
+    assert len(list(at_work.trainer.steps())) == 4 and not at_work.trainer.encoder.complete
+
+
+def refuse(*_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_what_rests_is_there_when_pictures_are_drawn(base_folder: Any, tmp_path: Path):

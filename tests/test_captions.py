@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from finetune import cache, run
+from finetune import run
 from finetune.config import build
 from finetune.dataset import DatasetConfig, Draw, Pictures, scan
 from finetune.dataset.draws import shuffle
@@ -108,12 +108,12 @@ def test_a_word_cannot_be_learnt_from_captions_without_it(method: str, base_fold
 VARIED = {"shuffle_tags": True, "caption_dropout": 0.3}
 
 
-@pytest.mark.parametrize("room", [cache.KEPT_BYTES, 0])
+@pytest.mark.parametrize("place", lessons.PLACES)
 @pytest.mark.parametrize("family", tiny.BASES)
 def test_a_prompt_always_belongs_to_its_caption(
-    family: str, room: int, base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, place: str, base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cache, "KEPT_BYTES", room)
+    lessons.keep_in(place, monkeypatch)
     trainer = run.prepare(lesson(base_folder, tmp_path, "lora", "plain", family, **VARIED)).trainer
     seen = set()
     for report in trainer.steps():
@@ -124,4 +124,4 @@ def test_a_prompt_always_belongs_to_its_caption(
             torch.testing.assert_close(batch.prompt.embeds[index], alone.embeds[0])
             seen.add(draw.caption)
     assert len(seen) > 3 and "" in seen
-    assert len(trainer.encoder.prompts.kept) == (len(seen) if room else 0)
+    assert len(trainer.encoder.prompts.kept) == (0 if place == "nowhere" else len(seen))

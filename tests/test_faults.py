@@ -31,7 +31,9 @@ from finetune.files import read_shapes
 
 SECONDS = 5  # to save and leave
 NO_ROOM = "No space left on device"
-UNCACHED = Sets("finetune.cache", "KEPT_BYTES", 0)  # no room to keep what was encoded: pictures are read at each step
+UNCACHED = Sets(
+    "finetune.cache", IN_MEMORY=0, OF_DISK=0
+)  # no room to keep what was encoded: pictures are read at each step
 can_filter = victims.works("Dies('mkdir')", "os.mkdir(sys.argv[1] + '/a')", -signal.SIGSYS)
 can_mount = victims.works("Mounts(Path(sys.argv[1]), 4096)", "assert os.statvfs(sys.argv[1]).f_blocks == 1", 0)
 filters = pytest.mark.skipif(not can_filter, reason="the kernel filters no system calls here")
@@ -350,7 +352,7 @@ def full_disk(base_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
         )
         (folder / f"{name}.yaml").write_text(recipe.to_yaml())
     act = FullDisk(str(folder / "plain.yaml"), str(folder / "prior.yaml"), folder / "disk", folder / "seen")
-    victim = Victim(before=Both(Sets("tempfile", "tempdir", str(folder / "elsewhere")), act))
+    victim = Victim(before=Both(Sets("tempfile", tempdir=str(folder / "elsewhere")), act))
     assert victim.end(120) == 0, victim.complaint
     return folder
 
@@ -547,7 +549,7 @@ def test_a_run_ends_as_ever_though_its_tracker_never_answers(write: Any, tmp_pat
     with socket.create_server(("127.0.0.1", 0)) as silent:
         service = f"http://127.0.0.1:{silent.getsockname()[1]}"
         env = {"WANDB_BASE_URL": service, "WANDB_API_KEY": 40 * "a", "WANDB_MODE": "online", "HOME": str(tmp_path)}
-        victim = Victim("train", recipe, before=Sets("finetune.run", "PATIENCE", 2.0), env=env)
+        victim = Victim("train", recipe, before=Sets("finetune.run", PATIENCE=2.0), env=env)
         assert victim.end(30) == 0
     assert_one(victim.lines, "warning: tracking.wandb is off from here (it does not come to an end")
     assert len(victim.lines) == 1 and learnt(folder) and len(metrics(folder)) == 6
@@ -692,7 +694,7 @@ class Hidden:
     """Pictures that this process alone cannot read any more."""
 
     def __call__(self) -> None:
-        Sets("finetune.dataset.draws", "Path", Nowhere)()
+        Sets("finetune.dataset.draws", Path=Nowhere)()
 
 
 class Nowhere:

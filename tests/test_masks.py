@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny import SIZE
 
-from finetune import cache, run
+from finetune import run
 from finetune.config import build
 from finetune.dataset import DatasetConfig, Draw, Pictures, scan
 from finetune.dataset.turning import ORIENTATION
@@ -259,13 +259,13 @@ def test_every_family_learns_behind_a_mask_that_is_read_before_the_first_step(
     assert all(np.isfinite(report.loss) for report in steps)
 
 
-def test_without_room_masks_are_read_at_each_step_and_the_losses_are_the_same(
+def test_wherever_there_is_room_for_masks_the_losses_are_the_same(
     base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     losses = []
-    for room in (cache.KEPT_BYTES, 0):
-        monkeypatch.setattr(cache, "KEPT_BYTES", room)
-        trainer = run.prepare(lesson(base_folder, tmp_path / str(room))).trainer
+    for place in lessons.PLACES:
+        lessons.keep_in(place, monkeypatch)
+        trainer = run.prepare(lesson(base_folder, tmp_path / place)).trainer
         losses.append([report.loss for report in trainer.steps()])
-        assert bool(trainer.encoder.masks.kept) == bool(room)
-    assert losses[0] == losses[1]
+        assert bool(trainer.encoder.masks.kept) == (place != "nowhere")
+    assert losses[0] == losses[1] == losses[2]

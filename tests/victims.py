@@ -232,14 +232,14 @@ class Removes:
 
 
 class Sets:
-    """A setting of a module."""
+    """Settings of a module."""
 
-    def __init__(self, module: str, name: str, value: Any):
-        self.module, self.name, self.value = module, name, value
+    def __init__(self, module: str, **values: Any):
+        self.module, self.values = module, values
 
     def __call__(self) -> None:
         __import__(self.module)
-        setattr(sys.modules[self.module], self.name, self.value)
+        vars(sys.modules[self.module]).update(self.values)
 
 
 def gives_back() -> None:

@@ -70,6 +70,9 @@ class Posterior:
     mean: Tensor  # (B, C, H, W)
     std: Tensor  # (B, C, H, W)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Posterior:
+        return Posterior(change(self.mean), change(self.std))
+
 
 @dataclass(frozen=True)
 class Source:
