@@ -65,10 +65,8 @@ def test_the_card_opens_a_base_in_one_file_as_one(tmp_path: Path):
     exec(code[: code.index("pipeline.load")], known)
     opened = known["pipeline"]
     for part in ("unet", "vae", "text_encoder"):
-        found, wanted = getattr(opened, part).state_dict(), getattr(pipeline, part).state_dict()
-        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-    # Where weights lie in memory decides the last bit of a product.
-    torch.testing.assert_close(tiny.predict(opened), tiny.predict(pipeline), rtol=1e-4, atol=1e-5)
+        tiny.assert_same_weights(getattr(opened, part), getattr(pipeline, part))
+    tiny.assert_as_said(tiny.predict(opened), tiny.predict(pipeline))
 
 
 @pytest.mark.parametrize("architecture", tiny.DEEP)

@@ -303,6 +303,17 @@ def predict(pipeline: Any) -> torch.Tensor:
     return torch.cat([part.flatten() for part in found])
 
 
+def assert_as_said(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Predictions by the same weights: where those lie in memory can decide the last bit (seen on an AMD EPYC)."""
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def assert_same_weights(found: Any, wanted: Any) -> None:
+    """Of two models, bit by bit."""
+    ours, theirs = found.state_dict(), wanted.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def save_pictures(folder: Path, count: int = 5, size: int = SIZE, caption: str | None = "a {} thing") -> Path:
     """Distinct pictures of smooth noise, with a caption file each unless `caption` is None."""
     folder.mkdir(parents=True, exist_ok=True)
