@@ -26,6 +26,14 @@ OPTIMIZERS = {
 Schedule = Literal["constant", "linear", "cosine"]
 
 
+def _all_or_some(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise ValueError(f"expected true, false or a list of the denoiser's parts, got {value!r}.")
+
+
 class TrainConfig(Section):
     """Counts are optimizer updates ("steps") and pictures; nothing multiplies behind the user's back."""
 
@@ -45,7 +53,9 @@ class TrainConfig(Section):
     precision: Annotated[
         Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
     ] = "no"  # YAML reads a bare `no` as false
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool | tuple[str, ...], BeforeValidator(_all_or_some)] = False
+    """Compute activations anew instead of keeping them: of all blocks, or of these parts of the denoiser, such as
+    [up_blocks.3, transformer_blocks]."""
     capture: bool = True
     """On a GPU, replay a step as one CUDA graph."""
     min_snr_gamma: PositiveFloat | None = None

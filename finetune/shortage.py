@@ -73,7 +73,7 @@ def savings(recipe: Recipe[Any]) -> Iterator[tuple[str, Any]]:
     for parts in range(train.accumulate + 1, train.batch_size + 1):
         if train.batch_size % parts == 0:
             yield "train.accumulate", parts
-    if not train.gradient_checkpointing:
+    if train.gradient_checkpointing is not True:
         yield "train.gradient_checkpointing", True
     if recipe.validation.batch_size > 1:
         yield "validation.batch_size", 1

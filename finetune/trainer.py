@@ -6,12 +6,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 
 from finetune.batch import Batch, Encoder, send
@@ -22,6 +20,7 @@ from finetune.dataset.buckets import Shapes
 from finetune.errors import UserError
 from finetune.gpu import make_ready
 from finetune.processes import agree, average
+from finetune.recomputing import checkpoint_all, checkpoint_some
 from finetune.schedule import TrainConfig, build_optimizer, multiplier, restore
 from finetune.stopping import Stop
 from finetune.student import Student
@@ -249,10 +248,12 @@ class Trainer:
             part = getattr(family.pipeline, name)
             if name in trained:
                 part.train()
-            if self.config.gradient_checkpointing:
-                _checkpoint(part)
+            if self.config.gradient_checkpointing is True:
+                checkpoint_all(part)
         if family.device.type == "cuda":
             make_ready(family.denoiser)
+        if isinstance(self.config.gradient_checkpointing, tuple):
+            checkpoint_some(family.denoiser, self.config.gradient_checkpointing)
 
     def validate(self) -> Measured | None:
         """Measure the weights as they would be exported on what is held out, if anything is."""
@@ -330,16 +331,6 @@ def _shaped(
         return concept, prior
     shapes = Shapes(concept.rows, concept.config.resolution, multiple, batch_size)
     return concept.within(shapes), None if prior is None else prior.within(shapes)
-
-
-def _checkpoint(part: Any) -> None:
-    """Keep fewer activations. The state of random numbers, which dropout needs, cannot be kept in a captured step."""
-    keeps = any(getattr(module, "p", 0) for module in part.modules() if isinstance(module, torch.nn.Dropout))
-    settings = {"use_reentrant": False, "preserve_rng_state": keeps}
-    if hasattr(part, "enable_gradient_checkpointing"):
-        part.enable_gradient_checkpointing(partial(torch.utils.checkpoint.checkpoint, **settings))
-    else:  # transformers' name, and only in train mode
-        part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def _average(student: Student, decay: float) -> Any:

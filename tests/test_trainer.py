@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -289,21 +290,39 @@ def test_settings_of_the_loop_work_with_every_method(
     assert all(value.dtype == torch.float32 for value in weights(at_work).values())
 
 
-def test_gradient_checkpointing_changes_no_result(base_folder: Any, tmp_path: Path):
-    pictures, runs = tiny.save_pictures(tmp_path / "pictures"), []
-    for checkpointing in (False, True):
-        recipe = lessons.recipe(
-            base_folder("stable_diffusion"),
-            tmp_path / str(checkpointing),
-            "lora",
-            "alpha-and-text",
-            pictures,
-            train={"gradient_checkpointing": checkpointing},
-        )
+SOME_BLOCKS = {
+    "stable_diffusion": ["up_blocks", "down_blocks.0"],
+    "stable_diffusion_xl": ["mid_block"],
+    "stable_diffusion_3": ["transformer_blocks.0"],
+    "flux": ["transformer_blocks", "single_transformer_blocks.0"],
+    "z_image": ["layers"],
+}
+
+
+@pytest.mark.parametrize("family", tiny.BASES)
+def test_gradient_checkpointing_of_all_blocks_or_some_changes_no_result(family: str, base_folder: Any, tmp_path: Path):
+    pictures, runs, way = tiny.save_pictures(tmp_path / "pictures"), [], {"rank": 4}
+    passes = Counter()
+    for number, wanted in enumerate((False, True, SOME_BLOCKS[family])):
+        train = {"gradient_checkpointing": wanted}
+        recipe = lessons.recipe(base_folder(family), tmp_path / str(number), "lora", way, pictures, train=train)
         runs.append(run.prepare(recipe))
-        runs[-1].loop()
-    for name, value in weights(runs[0]).items():
-        torch.testing.assert_close(value, weights(runs[1])[name])
+        block = runs[-1].family.denoiser.get_submodule(SOME_BLOCKS[family][0])
+        layer = next(part for part in block.modules() if not list(part.children()))
+        layer.register_forward_pre_hook(lambda *_, number=number: passes.update([number]))
+        list(runs[-1].trainer.steps())
+    assert (passes[0], passes[2]) == (4, 8)  # once for each step, and once more
+    for other in runs[1:]:
+        for name, value in weights(runs[0]).items():
+            torch.testing.assert_close(value, weights(other)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_block_that_is_not_there_cannot_be_computed_anew(base_folder: Any, tmp_path: Path):
+    train = {"gradient_checkpointing": ["up_block.0", "mid_block"]}
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain", train=train)
+    with pytest.raises(UserError, match=r"no part is named 'up_block.0'. Did you mean 'up_blocks.0'") as caught:
+        run.prepare(recipe)
+    assert len(caught.value.problems) == 1
 
 
 def test_zero_terminal_snr_needs_a_base_that_predicts_v(base_folder: Any, tmp_path: Path):
