@@ -132,14 +132,15 @@ class Trainer:
         rates, (draws, batches) = self._set_learning_rates(), self._drawn(self.step)
         # Only dropout draws from the global state, and differently on each process.
         torch.manual_seed(hash((self.config.seed, self.step, self.accelerator.process_index)))
+        # A process that is gone is met before the weights change, or what they are of could not be told.
         asked = send(torch.tensor([float(self.stop.asked)]), self.accelerator.device)
+        asked = cast(Tensor, self.accelerator.reduce(asked, reduction="mean"))
         found = self.work(batches)
         if not self.guarded:
             found = torch.stack([found, self._clip()])
-        shared = self.accelerator.reduce(torch.cat([found, asked]), reduction="mean")
         if self.encoder.complete and self.step + 1 < self.config.steps:  # while the device is at work
             self.ahead = self.step + 1, *self._drawn(self.step + 1)
-        loss, norm, stopping = cast(Tensor, shared).tolist()
+        loss, norm, stopping = torch.cat([found, asked]).tolist()
         self._stop_if_not_finite(loss, norm, draws)
         if not self.guarded:
             self._apply()

@@ -777,6 +777,7 @@ def test_torchrun_ends_all_of_a_run_of_which_one_is_killed(write: Any):
     assert launcher.returncode != 0 and time.monotonic() - start < 20
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
     assert "another process of this run has ended" in output or "stopped after step" in output, output[-3000:]
+    assert len(checkpoints(folder)) == 1, output[-3000:]
     (last,) = checkpoints(folder)
     assert abs(last - metrics(folder)[-1]["step"]) <= 1
 
