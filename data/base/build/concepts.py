@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 import torch
 from composer import Composer
-from effects import blueprint, duotone, neon, thermal
+from effects import blueprint, duotone, neon, pencil, thermal
 from layouts import Arranger, Place
 from PIL import Image
 from scenes import SCENES
@@ -55,7 +55,7 @@ VIEWS = (
 )
 STYLES = {"fluent_3d": "fluent-emoji", "openmoji": "openmoji"}
 STUDIED_STYLES = {"emojione": "emojione", "firefox_os": "fxemoji"}
-TECHNIQUES = {"blueprint": blueprint, "duotone": duotone, "neon": neon, "thermal": thermal}
+TECHNIQUES = {"blueprint": blueprint, "duotone": duotone, "neon": neon, "pencil": pencil, "thermal": thermal}
 TECHNIQUES_OF = "noto"
 EXAMPLES = (
     ("cat face", "white"), ("red apple", "white"), ("automobile>car", "city"), ("sunflower", "garden"),

@@ -13,6 +13,7 @@ LUMA = (0.299, 0.587, 0.114)
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 NAVY, CREAM = (0.10, 0.12, 0.36), (1.0, 0.93, 0.76)
 BLUE, CHALK = (0.07, 0.24, 0.55), (0.88, 0.94, 1.0)
+PAPER, GRAPHITE = (0.97, 0.96, 0.92), (0.22, 0.22, 0.24)
 HEAT = ((0.0, 0.0, 0.15), (0.35, 0.0, 0.55), (0.85, 0.15, 0.25), (1.0, 0.65, 0.1), (1.0, 1.0, 0.85))
 GLOW = 9  # pixels
 
@@ -28,6 +29,11 @@ def neon(picture: Tensor) -> Tensor:
 def blueprint(picture: Tensor) -> Tensor:
     """Outlines in white on blue."""
     return between(BLUE, CHALK, outlines(picture))
+
+
+def pencil(picture: Tensor) -> Tensor:
+    """Outlines in grey on paper, and a little shade where it is dark."""
+    return between(PAPER, GRAPHITE, (outlines(picture) + 0.3 * (1 - brightness(picture))).clamp(max=1))
 
 
 def duotone(picture: Tensor) -> Tensor:
