@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +78,11 @@ class Captured:
         self._forget_gradients()
         torch.cuda.empty_cache()  # what the usual step has left is of no use to a graph, which has memory of its own
         graph, own = torch.cuda.CUDAGraph(), [batch.map(torch.clone) for batch in batches]
-        alone: Any = {"capture_error_mode": "thread_local"}  # NCCL's watchdog asks the device how it is all the time
-        with _nothing_is_freed(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **alone):
+        with (
+            _nothing_is_freed(),
+            # NCCL's watchdog asks the device how it is all the time, which is no fault of this thread.
+            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             result = self.work(own)
         gradients = [parameter.grad for parameter in self.parameters]
         return Recording(graph, own, result, gradients)

@@ -107,11 +107,8 @@ class SideBySideBlock(BasicTransformerBlock):
             return super().forward(*given, cross_attention_kwargs, *args, **kwargs)
         x, normed = _add_and_normalise(hidden_states, None, self.norm1)
         x, normed = _add_and_normalise(x, self.attn1(normed, attention_mask=attention_mask), self.norm2)
-        found = self.attn2(
-            normed,  # pyright: ignore[reportOptionalCall]
-            encoder_hidden_states,
-            attention_mask=encoder_attention_mask,
-        )
+        second: Any = self.attn2
+        found = second(normed, encoder_hidden_states, attention_mask=encoder_attention_mask)
         x, normed = _add_and_normalise(x, found, self.norm3)
         return self.ff(normed) + x
 
