@@ -1,4 +1,4 @@
-"""A step as one CUDA graph: recorded once for each shape of its batches, then replayed without Python in between.
+"""Work as one CUDA graph: recorded once for each shape of what it is given, then replayed without Python in between.
 
 Where batches are small a GPU waits for Python most of the time: a step of Stable Diffusion 1.5
 is thousands of kernels, each of which takes longer to launch than to run.
@@ -11,73 +11,90 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from finetune.batch import Batch
 from finetune.errors import reason, warn
 
-Work = Callable[[Sequence[Batch]], Tensor]
 MOST = 16  # shapes that are recorded; those after them run as usual
 
 
+class Given(Protocol):
+    """What work is done on."""
+
+    @property
+    def form(self) -> Hashable:
+        """The same where nothing differs but what is in the tensors."""
+        ...
+
+    def tensors(self) -> list[Tensor]: ...
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self: ...
+
+
+T = TypeVar("T", bound=Given)
+
+
 @dataclass(frozen=True)
-class Recording:
+class Recording(Generic[T]):
     """One graph with what it reads and what it leaves."""
 
     graph: torch.cuda.CUDAGraph
-    batches: Sequence[Batch]  # its own memory, from which it reads
-    result: Tensor
+    given: Sequence[T]  # its own memory, from which it reads
+    result: Any
     gradients: Sequence[Tensor | None]  # None where the work has used them up
 
 
-class Captured:
-    """Work on batches that is a pure function of tensors, by a CUDA graph from its second time on.
+class Captured(Generic[T]):
+    """Work that is a pure function of tensors, by a CUDA graph from its second time on.
 
     The first time of each shape runs as usual, which warms up what may not be recorded, and is
     real work: nothing is done twice. What cannot be recorded goes on as usual, and one line says why.
 
     Args:
         work: no value of it may be asked for by the host, and it changes nothing but `parameters`, their
-            gradients and an optimizer's tensors.
+            gradients and an optimizer's tensors. What it returns is overwritten by the next time.
+        name: of what is done, for the line that says why it cannot be recorded.
     """
 
-    def __init__(self, work: Work, parameters: Sequence[nn.Parameter]):
+    def __init__(self, work: Callable[[Sequence[T]], Any], parameters: Sequence[nn.Parameter], name: str):
+        self.name = name
         self.work = work
         self.parameters = parameters
         self.stream = _stream(torch.cuda.current_device())
         self.pool = torch.cuda.graph_pool_handle()
-        self.recordings: dict[Hashable, Recording] = {}
+        self.recordings: dict[Hashable, Recording[T]] = {}
         self.seen: set[Hashable] = set()
         self.given_up = False
 
-    def __call__(self, batches: Sequence[Batch]) -> Tensor:
-        shape = tuple(batch.form for batch in batches)
+    def __call__(self, given: Sequence[T]) -> Any:
+        shape = tuple(each.form for each in given)
         if shape in self.recordings:
-            return self._replay(self.recordings[shape], batches)
+            return self._replay(self.recordings[shape], given)
         if shape in self.seen and not self.given_up and len(self.recordings) < MOST:
             try:
-                self.recordings[shape] = self._record(batches)
+                self.recordings[shape] = self._record(given)
             except Exception as error:  # libraries below refuse in ways of their own
                 self._give_up(error)
             else:
-                return self._replay(self.recordings[shape], batches)
+                return self._replay(self.recordings[shape], given)
         self.seen.add(shape)
-        return self._run(batches)
+        return self._run(given)
 
-    def _run(self, batches: Sequence[Batch]) -> Tensor:
+    def _run(self, given: Sequence[T]) -> Any:
         """As usual, on the stream that is recorded later: autograd remembers where a parameter was used first."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            result = self.work(batches)
+            result = self.work(given)
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
-    def _record(self, batches: Sequence[Batch]) -> Recording:
+    def _record(self, given: Sequence[T]) -> Recording[T]:
         self._forget_gradients()
         torch.cuda.empty_cache()  # what the usual step has left is of no use to a graph, which has memory of its own
-        graph, own = torch.cuda.CUDAGraph(), [batch.map(torch.clone) for batch in batches]
+        graph, own = torch.cuda.CUDAGraph(), [each.map(torch.clone) for each in given]
         with (
             _nothing_is_freed(),
             # NCCL's watchdog asks the device how it is all the time, which is no fault of this thread.
@@ -87,8 +104,8 @@ class Captured:
         gradients = [parameter.grad for parameter in self.parameters]
         return Recording(graph, own, result, gradients)
 
-    def _replay(self, recording: Recording, batches: Sequence[Batch]) -> Tensor:
-        for own, new in zip(recording.batches, batches, strict=True):
+    def _replay(self, recording: Recording[T], given: Sequence[T]) -> Any:
+        for own, new in zip(recording.given, given, strict=True):
             for kept, value in zip(own.tensors(), new.tensors(), strict=True):
                 kept.copy_(value, non_blocking=True)
         recording.graph.replay()
@@ -100,7 +117,7 @@ class Captured:
         self.given_up = True
         self._forget_gradients()
         _renew_generator()
-        warn(f"the step runs as usual and not as one CUDA graph: {reason(error)}")
+        warn(f"{self.name} runs as usual and not as one CUDA graph: {reason(error)}")
 
     def _forget_gradients(self) -> None:
         for parameter in self.parameters:

@@ -85,6 +85,8 @@ class Delivery:
     def compare(self, files: Sequence[Path], after: Tensor) -> Verdict:
         """The model as it was after training with a fresh pipeline, before and after that loads the files."""
         device = self.trainer.accelerator.device
+        if not _has_room_for_another(self.family):
+            self.family.to(torch.device("cpu"))
         with explained(self.recipe, "comparing the export", "else"):
             fresh = load_family(self.recipe)
             fresh.to(device)
@@ -106,6 +108,15 @@ class Delivery:
             "recipe_digest": recipe.digest(),
             "zero_terminal_snr": str(recipe.train.zero_terminal_snr).lower(),
         }
+
+
+def _has_room_for_another(family: Family) -> bool:
+    """Whether a second one fits beside it on its GPU, and what that needs to predict."""
+    if family.device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    weights = sum(parameter.nbytes for part in family.parts() for parameter in part.parameters())
+    return torch.cuda.mem_get_info(family.device)[0] > 2 * weights
 
 
 @contextmanager

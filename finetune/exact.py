@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_WIDE = ContextVar("wide", default=False)
+
+
+def is_exact() -> bool:
+    """Whether everything is computed in float32 just now."""
+    return _WIDE.get()
 
 
 @contextmanager
@@ -26,6 +34,7 @@ def in_float32(models: Iterable[nn.Module]) -> Iterator[None]:
                     layer = _Layer(module)
                     stack.callback(module.register_forward_pre_hook(layer.widen, with_kwargs=True).remove)
                     stack.callback(module.register_forward_hook(layer.restore, always_call=True).remove)
+        stack.callback(_WIDE.reset, _WIDE.set(True))
         yield
 
 

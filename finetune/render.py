@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetune.placeholder import spell
+from finetune.replay import replayed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +41,7 @@ def render(
     batch_size: int = 4,
     pictures: Mapping[str, Image.Image] | None = None,
     settings: Mapping[str, Any] | None = None,
+    capture: bool = True,
 ) -> list[Image.Image]:
     """One picture for each prompt and seed. A picture depends on its own seed alone, not on its neighbours.
 
@@ -47,28 +50,27 @@ def render(
         size: of the square, or width and height, in pixels.
         pictures: inputs of the pipeline, the same for each prompt.
         settings: other arguments of the pipeline.
+        capture: on a GPU, replay the denoiser as a CUDA graph.
     """
     pipeline.set_progress_bar_config(disable=True)
     width, height = (size, size) if isinstance(size, int) else size
     accepted = inspect.signature(pipeline.__call__).parameters
     wanted = {"width": width, "height": height, "guidance_scale": guidance}
-    given = {name: value for name, value in wanted.items() if name in accepted and value is not None}
+    given: dict[str, Any] = {name: value for name, value in wanted.items() if name in accepted and value is not None}
+    given |= settings or {}
     images: list[Image.Image] = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = slice(start, start + batch_size)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[chunk]]
-        # Each prompt gets a copy, or its generator would not draw what it draws when alone.
-        inputs = {name: [picture] * len(generators) for name, picture in (pictures or {}).items()}
-        with torch.random.fork_rng([pipeline.device] if pipeline.device.type == "cuda" else []):
-            torch.manual_seed(seeds[start])  # for the pipelines that forget their generator
-            images += pipeline(
-                prompt=_spelt(pipeline, prompts[chunk]),
-                generator=generators,
-                num_inference_steps=steps,
-                **given,
-                **inputs,
-                **(settings or {}),
-            ).images
+    with replayed(pipeline) if capture else nullcontext({}) as more:
+        given |= {name: value for name, value in more.items() if name in accepted}
+        for start in range(0, len(prompts), batch_size):
+            chunk = slice(start, start + batch_size)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[chunk]]
+            # Each prompt gets a copy, or its generator would not draw what it draws when alone.
+            inputs = {name: [picture] * len(generators) for name, picture in (pictures or {}).items()}
+            with torch.random.fork_rng([pipeline.device] if pipeline.device.type == "cuda" else []):
+                torch.manual_seed(seeds[start])  # for the pipelines that forget their generator
+                texts = _spelt(pipeline, prompts[chunk])
+                asked = {"prompt": texts, "generator": generators, "num_inference_steps": steps}
+                images += pipeline(**asked, **given, **inputs).images
     return images
 
 

@@ -42,6 +42,7 @@ class Samples:
             guidance=shown.guidance,
             size=self.recipe.dataset.resolution,
             batch_size=shown.batch_size,
+            capture=self.recipe.train.capture,
         )
         return dict(zip(indices, images, strict=True))
 

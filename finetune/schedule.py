@@ -57,7 +57,7 @@ class TrainConfig(Section):
     """Compute activations anew instead of keeping them: of all blocks, or of these parts of the denoiser, such as
     [up_blocks.3, transformer_blocks]."""
     capture: bool = True
-    """On a GPU, replay a step as one CUDA graph."""
+    """On a GPU, replay a step as one CUDA graph, and the denoiser while pictures are drawn as another."""
     min_snr_gamma: PositiveFloat | None = None
     zero_terminal_snr: bool = False
     noise_offset: Annotated[float, Field(ge=0)] = 0.0

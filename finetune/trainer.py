@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.batch import Batch, Encoder, send
-from finetune.capture import Captured, Work
+from finetune.capture import Captured
 from finetune.cost import Cost
 from finetune.dataset import Draw, Pictures
 from finetune.dataset.buckets import Shapes
@@ -28,6 +28,9 @@ from finetune.validation import Judged, Measured, Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+Work = Callable[[Sequence[Batch]], Tensor]
 
 
 class NonFiniteLoss(UserError):
@@ -168,7 +171,7 @@ class Trainer:
             for settings in self.optimizer.param_groups:
                 rate = torch.tensor(settings["lr"], device=self.accelerator.device)
                 settings.update(capturable=True, lr=rate)
-        return Captured(work, list(self.student.parameters()))
+        return Captured(work, list(self.student.parameters()), "the step")
 
     def _whole_step(self, batches: Sequence[Batch]) -> Tensor:
         """A whole update; the loss and the gradient's norm: (2,)."""

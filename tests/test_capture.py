@@ -1,5 +1,7 @@
 """A step as one CUDA graph: the same losses as the plain step, which it goes back to where it cannot be one.
 
+And a denoiser that draws.
+
 What needs a GPU is skipped without one.
 """
 
@@ -11,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import lessons
+import numpy as np
 import pytest
+import tiny
 import torch
+from torch import Tensor
 
 from finetune import run
 from finetune.batch import Batch
 from finetune.families.base import Prompt
 from finetune.methods.lora import LoRA
+from finetune.render import render, use_ddim
+from finetune.replay import Call, replayed
 
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA GPU")
 METHODS = {
@@ -110,3 +117,47 @@ def test_many_runs_of_one_process_are_captured_alike_and_leave_nothing_behind(ba
         gc.set_threshold(*thresholds)
     assert found == [found[0]] * 6
     assert left[-1] <= left[1]
+
+
+def call(count: int = 2, text: Tensor | None = None, **more: Any) -> Call:
+    return Call.of(torch.ones(count, 4), 7, encoder_hidden_states=text, added={"ids": [torch.zeros(count)]}, **more)
+
+
+def test_calls_of_a_denoiser_have_one_form_where_nothing_differs_but_what_is_in_their_tensors():
+    one = call()
+    assert one.form == call().form == one.map(lambda part: part + 1).form and len(one.tensors()) == 2
+    different = [call(3), call(text=torch.ones(2)), call(return_dict=False), one.map(Tensor.half)]
+    assert len({one.form, *(other.form for other in different)}) == 5
+
+
+def test_a_call_is_carried_out_as_it_was_made():
+    found = call(return_dict=False).map(lambda part: part * 2).carry_out(lambda *args, **kwargs: (args, kwargs))
+    (x, time), more = found
+    assert torch.equal(x, 2 * torch.ones(2, 4)) and time == 7
+    assert more.pop("added")["ids"][0].shape == (2,) and more == {"encoder_hidden_states": None, "return_dict": False}
+
+
+def test_a_denoiser_that_is_not_on_a_gpu_is_left_alone():
+    pipeline = tiny.BASES["stable_diffusion"]["epsilon"]()
+    with replayed(pipeline) as more:
+        assert more == {} and "forward" not in vars(pipeline.unet)
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("family", tiny.BASES)
+def test_pictures_by_a_graph_are_those_of_the_plain_denoiser(family: str, capsys: pytest.CaptureFixture[str]):
+    pipeline: Any = next(iter(tiny.BASES[family].values()))().to("cuda")
+    use_ddim(pipeline)
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    executed: list[bool] = []  # also while it is recorded, but not when it is replayed
+    first = next(part for part in denoiser.modules() if not list(part.children()))
+    first.register_forward_hook(lambda *_: executed.append(torch.cuda.is_current_stream_capturing()))
+    texts, seeds = ["a thing", "a red thing", "the sea"], [3, 4, 5]  # in batches of two and of one
+    asked: Any = {"steps": 5, "guidance": 3.0, "size": 64, "batch_size": 2}
+    plain = render(pipeline, texts, seeds, capture=False, **asked)
+    executed.clear()
+    drawn = render(pipeline, texts, seeds, **asked)
+    assert "runs as usual" not in capsys.readouterr().err
+    assert 0 < executed.count(True) < 5 and executed.count(True) == executed.count(False)
+    np.testing.assert_allclose(np.stack(drawn).astype(float), np.stack(plain).astype(float), atol=2)
+    assert "forward" not in vars(denoiser)
