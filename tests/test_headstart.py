@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune.headstart import head_start, importing, weights
+from finetune.headstart import head_start, hidden, importing, weights
 from finetune.recipe import BaseConfig
 
 
@@ -68,3 +70,23 @@ def test_garbage_is_looked_for_again_where_an_import_fails():
     with pytest.raises(ModuleNotFoundError), importing():
         raise ModuleNotFoundError
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("quantize", ["null", "nf4"])
+def test_bitsandbytes_is_not_waited_for_where_nothing_is_packed_and_is_there_when_it_is_asked_for(quantize: str):
+    script = f"""
+from finetune.headstart import head_start
+from finetune.recipe import BaseConfig
+import sys, yaml
+with head_start(BaseConfig(source="someone/a-model", quantize=yaml.safe_load("{quantize}"))):
+    import finetune.run
+print("bitsandbytes" in sys.modules)
+from bitsandbytes.optim import AdamW8bit
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(quantize == "nf4")]
+
+
+def test_a_library_that_is_there_already_stays():
+    with hidden("pytest"):
+        assert sys.modules["pytest"] is pytest
