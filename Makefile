@@ -16,14 +16,15 @@ install: .venv/installed
 demo: install
 	$(BIN)/finetune train demo --overwrite
 
+# A worker for each core, each with a file at a time: its tests share what they have trained.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 # A GPU's kernels without a GPU, in Triton's interpreter; in a folder of its own, for torch brings the one that it wants.
 TRITON := triton==3.9.0
 kernels: install
 	@test -d .venv/$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/$(TRITON) $(TRITON)
-	TRITON_INTERPRET=1 PYTHONPATH=.venv/$(TRITON) $(BIN)/python -m pytest tests/test_gpu.py
+	TRITON_INTERPRET=1 PYTHONPATH=.venv/$(TRITON) $(BIN)/python -m pytest -n logical tests/test_gpu.py
 
 check: install
 	$(BIN)/ruff format --check .

@@ -29,7 +29,7 @@ from finetune import checkpoint
 from finetune.export import LORA_FILE
 from finetune.files import read_shapes
 
-SECONDS = 5  # to save and leave
+SECONDS = 20  # to save and leave, on a machine that does other things as well; work goes on for minutes
 NO_ROOM = "No space left on device"
 UNCACHED = Sets(
     "finetune.cache", IN_MEMORY=0, OF_DISK=0
