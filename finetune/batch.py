@@ -1,6 +1,6 @@
 """Draws to the tensors of a step; what is frozen is encoded before the first one.
 
-Shapes: B samples (the concept's first, then the prior's), C latent channels, H W latent size.
+Shapes: B samples (the concept's, those that are held first, then the prior's), C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from finetune.families.base import Family, Posterior, Prompt, Tokens
 # Through the VAE, whose activations are the largest of all.
 PIXELS_AT_ONCE = 2**19
 PICTURES_AT_ONCE = 8
+COUNTS = 8  # of held samples, from one to all, that batches can have: for each a step is recorded anew
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Batch:
     geometry: Tensor  # (B, 6), see Family.denoise
     num_prior: int  # how many of the last samples are prior
     mask: Tensor | None = None  # (B, 1, H, W), how much each place counts; without it, all alike
+    num_held: int = 0  # how many of the first samples may be held to the base's own prediction
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Each of its tensors changed."""
@@ -43,11 +45,12 @@ class Batch:
             else {name: change(ids) for name, ids in self.prompt.items()}
         )
         mask = None if self.mask is None else change(self.mask)
-        return Batch(latents, noise, time, prompt, geometry, self.num_prior, mask)
+        return Batch(latents, noise, time, prompt, geometry, self.num_prior, mask, self.num_held)
 
-    def last(self, count: int) -> Batch:
-        """The last samples alone."""
-        return replace(self.map(lambda part: part[-count:]), num_prior=count)
+    def ends(self, held: int, prior: int) -> Batch:
+        """The first and the last samples alone."""
+        kept = self.map(lambda part: torch.cat([part[:held], part[len(part) - prior :]]))
+        return replace(kept, num_held=held, num_prior=prior)
 
     def tensors(self) -> list[Tensor]:
         """All of them, in the same order for each batch."""
@@ -58,7 +61,7 @@ class Batch:
     @property
     def form(self) -> Hashable:
         """What two batches have in common that the same kernels can work on."""
-        return self.num_prior, *((part.shape, part.dtype) for part in self.tensors())
+        return self.num_prior, self.num_held, *((part.shape, part.dtype) for part in self.tensors())
 
 
 class Encoder:
@@ -68,6 +71,7 @@ class Encoder:
 
     Args:
         unmasked_weight: how much a place outside a mask counts; None where there are no masks at all.
+        keep_layout: from which share of the way to noise the concept's samples are held; None where none are.
     """
 
     def __init__(
@@ -78,11 +82,13 @@ class Encoder:
         trains_text: bool,
         noise_offset: float,
         unmasked_weight: float | None = None,
+        keep_layout: float | None = None,
     ):
         self.family = family
         self.trains_text = trains_text
         self.noise_offset = noise_offset
         self.unmasked_weight = unmasked_weight
+        self.keep_layout = keep_layout
         self.complete = False  # whether no draw needs a file or an encoder any more
         self.cell = family.pipeline.vae_scale_factor
         self.posteriors = Cache(self._encode_pictures, _num_bytes, pictures_at_once(size), lambda draw: draw.crop.size)
@@ -108,11 +114,14 @@ class Encoder:
 
     def encode(self, draws: Sequence[Draw], num_prior: int) -> Batch:
         posteriors = self.posteriors.get({draw.key: draw for draw in draws})
-        samples = [self._sample(posteriors[draw.key], draw) for draw in draws]
-        latents, noise, time = (torch.cat(parts) for parts in zip(*samples, strict=True))
+        samples = [(draw, *self._sample(posteriors[draw.key], draw)) for draw in draws]
+        concept, prior = samples[: len(samples) - num_prior], samples[len(samples) - num_prior :]
+        num_held = self._put_held_first(concept)
+        draws, *parts = zip(*concept, *prior, strict=True)
+        latents, noise, time = map(torch.cat, parts)
         geometry = torch.tensor([draw.geometry for draw in draws], dtype=torch.float32)
         prompt = self._prompt([draw.caption for draw in draws])
-        batch = Batch(latents, noise, time, prompt, geometry, num_prior, self._mask(draws))
+        batch = Batch(latents, noise, time, prompt, geometry, num_prior, self._mask(draws), num_held)
         return batch.map(partial(send, device=self.family.device))
 
     def _sample(self, posterior: Posterior, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,6 +134,15 @@ class Encoder:
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn((*shape[:2], 1, 1), generator=generator)
         return latents, noise, time
+
+    def _put_held_first(self, samples: list[tuple[Draw, Tensor, Tensor, Tensor]]) -> int:
+        """Order them in place; the number of those that are held, rounded up to one of a few."""
+        if self.keep_layout is None:
+            return 0
+        since = self.family.objective.time_at(torch.tensor(self.keep_layout))
+        samples.sort(key=lambda sample: bool(sample[-1] < since))
+        count, unit = sum(bool(time >= since) for *_, time in samples), -(-len(samples) // COUNTS)
+        return min(len(samples), -(-count // unit) * unit)
 
     def _mask(self, draws: Sequence[Draw]) -> Tensor | None:
         if self.unmasked_weight is None:

@@ -106,7 +106,7 @@ def estimate(recipe: Recipe[Any], captions: Sequence[str] = ()) -> Memory:
         num_prior = 0 if recipe.method.prior_half is None else trainer.share
         batch = _batch(recipe, family, caption, trainer.share, num_prior)
         fullest, work["step"] = _step(trainer, batch, ledger, gpu)
-        _look(family, batch.last(1), ledger, gpu, work, guided=recipe.validation.guidance > 1)
+        _look(family, batch.ends(0, 1), ledger, gpu, work, guided=recipe.validation.guidance > 1)
         if num_drawn := _num_drawn(recipe):
             others["drawing"] = ledger.most(lambda: _draw(family, batch.latents[:1].expand(num_drawn, -1, -1, -1), gpu))
     weights = {name: fullest[name] for name in family.pipeline.components if name in fullest}
@@ -172,7 +172,9 @@ def _batch(recipe: Recipe[Any], family: Family, caption: str, num_concept: int, 
     if not recipe.method.trains_text:
         with torch.no_grad():
             prompt = family.encode_prompt(prompt)
-    return Batch(latents, torch.empty_like(latents), time, prompt, torch.empty(count, 6, device="meta"), num_prior)
+    geometry = torch.empty(count, 6, device="meta")
+    num_held = round(num_concept * (1 - (recipe.method.keep_layout or 1.0)))  # on average
+    return Batch(latents, torch.empty_like(latents), time, prompt, geometry, num_prior, num_held=num_held)
 
 
 def _step(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) -> tuple[Counter[str], Work]:

@@ -97,6 +97,7 @@ class Trainer:
             trains_text=method.trains_text,
             noise_offset=config.noise_offset,
             unmasked_weight=None if concept.config.mask == "none" else concept.config.unmasked_weight,
+            keep_layout=method.keep_layout,
         )
         self._prepare_family()
         agree(list(student.parameters()))

@@ -5,7 +5,8 @@ Shapes: V words of the vocabulary, K trained vectors, D their width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,16 @@ class ExtendedEmbedding(nn.Module):
     no weight decay on them, and no optimizer state for the vocabulary.
     """
 
+    start: Tensor  # (K, D), what the rows are before training
+
     def __init__(self, table: nn.Embedding, new: Tensor, word: str, first: int):
         super().__init__()
         self.word = word
         self.first = first  # the id of the first new row: V, or less where the table is padded
         self.table = table  # (V, D), frozen
         self.new = nn.Parameter(new)  # (K, D)
+        self.register_buffer("start", new.clone(), persistent=False)
+        self.untaught = False  # whether they are read
 
     @property
     def weight(self) -> Tensor:
@@ -42,7 +47,8 @@ class ExtendedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, L), the new ones being first..first+K-1, to embeddings (B, L, D)."""
         old = self.table(ids.clamp(max=self.first - 1))
-        new = F.embedding((ids - self.first).clamp(min=0), self.new).to(old)
+        rows = self.start if self.untaught else self.new
+        new = F.embedding((ids - self.first).clamp(min=0), rows).to(old)
         return torch.where((ids >= self.first).unsqueeze(-1), new, old)
 
     def median_norm(self) -> Tensor:
@@ -95,6 +101,19 @@ def _spread(start: Tensor, num_vectors: int) -> Tensor:
     if num_vectors == 1:
         return start.mean(0, keepdim=True)
     return start[torch.arange(num_vectors) % len(start)].clone()
+
+
+@contextmanager
+def untaught(tables: Iterable[ExtendedEmbedding]) -> Iterator[None]:
+    """The words as they were before training."""
+    tables = list(tables)
+    for table in tables:
+        table.untaught = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.untaught = False
 
 
 def words(family: Family) -> dict[str, ExtendedEmbedding]:

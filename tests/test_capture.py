@@ -59,7 +59,7 @@ def test_a_change_reaches_each_tensor_of_a_batch():
     one = replace(batch(), mask=torch.ones(2, 1, 8, 8))
     doubled = one.map(lambda part: part * 2)
     assert all(torch.equal(2 * old, new) for old, new in zip(one.tensors(), doubled.tensors(), strict=True))
-    assert [part.shape[0] for part in one.last(1).tensors()] == [1] * 7
+    assert [part.shape[0] for part in one.ends(0, 1).tensors()] == [1] * 7
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -144,8 +144,11 @@ def test_a_denoiser_that_is_not_on_a_gpu_is_left_alone():
 
 
 @ON_A_GPU
+@pytest.mark.parametrize("trained", [False, True])  # in float32, and cast to bf16 once for all steps
 @pytest.mark.parametrize("family", tiny.BASES)
-def test_pictures_by_a_graph_are_those_of_the_plain_denoiser(family: str, capsys: pytest.CaptureFixture[str]):
+def test_pictures_by_a_graph_are_those_of_the_plain_denoiser(
+    family: str, trained: bool, capsys: pytest.CaptureFixture[str]
+):
     pipeline: Any = next(iter(tiny.BASES[family].values()))().to("cuda")
     use_ddim(pipeline)
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
@@ -154,9 +157,11 @@ def test_pictures_by_a_graph_are_those_of_the_plain_denoiser(family: str, capsys
     first.register_forward_hook(lambda *_: executed.append(torch.cuda.is_current_stream_capturing()))
     texts, seeds = ["a thing", "a red thing", "the sea"], [3, 4, 5]  # in batches of two and of one
     asked: Any = {"steps": 5, "guidance": 3.0, "size": 64, "batch_size": 2}
-    plain = render(pipeline, texts, seeds, capture=False, **asked)
-    executed.clear()
-    drawn = render(pipeline, texts, seeds, **asked)
+    denoiser.requires_grad_(trained)
+    with torch.autocast("cuda", torch.bfloat16, enabled=trained):
+        plain = render(pipeline, texts, seeds, capture=False, **asked)
+        executed.clear()
+        drawn = render(pipeline, texts, seeds, **asked)
     assert "runs as usual" not in capsys.readouterr().err
     assert 0 < executed.count(True) < 5 and executed.count(True) == executed.count(False)
     np.testing.assert_allclose(np.stack(drawn).astype(float), np.stack(plain).astype(float), atol=2)

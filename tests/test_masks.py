@@ -240,7 +240,7 @@ def test_the_class_is_never_masked(base_folder: Any, tmp_path: Path, prior: str)
     _, batch = first_batch(lesson(base_folder, tmp_path, "dreambooth", way))
     assert batch.num_prior == 2
     assert batch.mask[2:].min() == 1 and batch.mask[:2].max(dim=2).values.min() < 1
-    assert torch.equal(batch.last(2).mask, batch.mask[2:])
+    assert torch.equal(batch.ends(0, 2).mask, batch.mask[2:])
 
 
 @pytest.mark.parametrize("mask", ["file", "alpha"])

@@ -30,7 +30,7 @@ RUNS = {
     "bear": ["subject-pivotal-tuning", f"dataset.folder={CONCEPTS / 'teddy_bear'}", "method.init=a toy", TOY],
     "style": ["style-lora"],
 }
-SIZE, WIDTH = 256, 1592
+SIZE = 256
 
 
 def train(name: str) -> None:

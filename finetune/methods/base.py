@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from finetune.batch import Batch
     from finetune.families.base import Family
+    from finetune.objectives import Objective
     from finetune.student import Student
 
 
@@ -42,6 +43,9 @@ class Method(Section, ABC):
 
     summary: ClassVar[str]
     name: str
+    keep_layout: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Where a picture is noisier than this share, which is where its layout is decided, learn what the base itself
+    predicts for the caption."""
 
     @property
     def trains_text(self) -> bool:
@@ -73,15 +77,36 @@ class Method(Section, ABC):
         """What is trained beside the concept so that its class stays what it was."""
         return None
 
+    @property
+    def predicts_class(self) -> bool:
+        """Whether that is held to the base's own prediction, and there are no class images."""
+        return False
+
     @abstractmethod
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
         """Make the family trainable; the student's parameters are exactly what is trained, in float32."""
 
     def losses(self, student: Student, batch: Batch) -> Tensor:
         """The weighted error of each sample: (B,)."""
-        from finetune.student import denoising_errors
+        import torch
 
-        return denoising_errors(student.family, batch)
+        from finetune.student import denoising_errors, frozen_prediction
+
+        target = student.family.objective.target(batch.latents, batch.noise, batch.time).clone()
+        held, prior = batch.num_held, batch.num_prior * self.predicts_class
+        if held or prior:
+            base = frozen_prediction(student, batch.ends(held, prior))
+            noisy = self._is_noisy(student.family.objective, batch.time[:held]).view(-1, 1, 1, 1)
+            target[:held] = torch.where(noisy, base[:held], target[:held])
+            target[len(target) - prior :] = base[held:]
+        return denoising_errors(student.family, batch, target)
+
+    def _is_noisy(self, objective: Objective, time: Tensor) -> Tensor:
+        """Whether layout is to be kept there: (B,), bool."""
+        import torch
+
+        since = 1.0 if self.keep_layout is None else self.keep_layout
+        return time >= objective.time_at(torch.full_like(time, since, dtype=torch.float32))
 
     def reduce(self, losses: Tensor, num_prior: int) -> Tensor:
         """(B,) losses to the scalar that is minimised."""
@@ -126,17 +151,9 @@ class Preserving(Method):
             problems.append(f"class_prompt: prior: {self.prior} needs it, such as 'a dog'. Add it, or set prior: none.")
         return problems
 
-    def losses(self, student: Student, batch: Batch) -> Tensor:
-        """The base's own prediction is what the class half is held to, where there are no class images."""
-        from finetune.student import denoising_errors, frozen_prediction
-
-        if self.prior != "prediction":
-            return super().losses(student, batch)
-        objective = student.family.objective
-        target = objective.target(batch.latents, batch.noise, batch.time).clone()
-        prior = batch.last(batch.num_prior)
-        target[len(target) - batch.num_prior :] = frozen_prediction(student, prior)
-        return denoising_errors(student.family, batch, target)
+    @property
+    def predicts_class(self) -> bool:
+        return self.prior == "prediction"
 
     def reduce(self, losses: Tensor, num_prior: int) -> Tensor:
         """mean(subject) + prior_weight * mean(prior); no prior samples, no prior term."""

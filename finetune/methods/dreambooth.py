@@ -65,7 +65,7 @@ class DreamBooth(Preserving, LoRA):
         for name in self.trained_text_encoders(family):
             rates[name] = self.text_encoder_learning_rate or learning_rate
         parts = {name: getattr(family.pipeline, name) for name in rates}
-        rests = self.prior != "prediction"  # then only the end needs it
+        rests = not self.predicts_class and self.keep_layout is None  # then only the end needs it
         base = {name: _copy(part, rests) for name, part in parts.items()}
         groups = [Group(name, dict(part.named_parameters()), rates[name]) for name, part in parts.items()]
         return Student(self, family, groups, frozen=lambda: _swapped(family, base, rests))

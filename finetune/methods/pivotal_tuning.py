@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,13 +45,20 @@ class PivotalTuning(Preserving, LoRA):
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
         from finetune.student import Group, Student
         from finetune.variants import disabled
-        from finetune.vocabulary import extend
+        from finetune.vocabulary import extend, untaught
 
         groups = self.adapters(family, learning_rate)
         adapted = [getattr(family.pipeline, group.name) for group in groups]
-        for name, table in extend(family, placeholder, self.num_vectors, self.init).items():
+        tables = extend(family, placeholder, self.num_vectors, self.init)
+        for name, table in tables.items():
             groups.append(Group(f"{name}_words", {"words": table.new}, self.word_learning_rate, self.word_share))
-        return Student(self, family, groups, frozen=lambda: disabled(adapted))
+
+        @contextmanager
+        def frozen() -> Iterator[None]:
+            with disabled(adapted), untaught(tables.values()):
+                yield
+
+        return Student(self, family, groups, frozen=frozen)
 
     def export(self, student: Student, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:
         from finetune.export import save_words

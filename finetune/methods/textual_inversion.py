@@ -37,11 +37,11 @@ class TextualInversion(Method):
 
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
         from finetune.student import Group, Student
-        from finetune.vocabulary import extend
+        from finetune.vocabulary import extend, untaught
 
         tables = extend(family, placeholder, self.num_vectors, self.init)
         groups = [Group(name, {"words": table.new}, learning_rate) for name, table in tables.items()]
-        return Student(self, family, groups)
+        return Student(self, family, groups, frozen=lambda: untaught(tables.values()))
 
     def after_step(self, student: Student) -> None:
         from finetune.vocabulary import rescale, words
