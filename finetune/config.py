@@ -234,7 +234,10 @@ def _explain(schema: type[Section], error: Mapping[str, Any]) -> list[str]:
         return [f"{path}.{line}" if path else line for line in error["ctx"]["error"].problems]
     if error["type"] == "value_error":
         return [f"{path}: {error['ctx']['error']}"]
-    expected = EXPECTED.get(error["type"]) or PATTERNS.get(error.get("ctx", {}).get("pattern", ""))
+    context = error.get("ctx", {})
+    expected = EXPECTED.get(error["type"]) or PATTERNS.get(context.get("pattern", ""))
+    if context.get("min_length", 0) > 1:
+        expected = f"at least {context['min_length']} entries"
     message = f"expected {expected}" if expected else error["msg"][0].lower() + error["msg"][1:]
     return [f"{path}: {message}, got {'nothing' if error['input'] is None else brief(error['input'])}."]
 

@@ -144,7 +144,7 @@ def test_what_is_wrong_with_any_recipe_is_said_before_the_first_run(
     ("changes", "said"),
     [
         ({"concepts": ["animal"]}, "no group 'animal'. Did you mean 'animals'?"),
-        ({"variants": {"default": []}}, "variants"),
+        ({"variants": {"default": []}}, "LoRA.variants: expected at least 2 entries, got "),
         ({"recipes": "demo"}, "recipes: unknown key. Did you mean 'recipe'?"),
     ],
 )
