@@ -16,6 +16,7 @@ from torch import Tensor
 from finetune.cache import Cache
 from finetune.dataset.draws import Draw
 from finetune.families.base import Family, Posterior, Prompt, Tokens
+from finetune.objectives import noisier
 
 # Through the VAE, whose activations are the largest of all.
 PIXELS_AT_ONCE = 2**19
@@ -139,10 +140,12 @@ class Encoder:
         """Order them in place; the number of those that are held, rounded up to one of a few."""
         if self.keep_layout is None:
             return 0
-        since = self.family.objective.time_at(torch.tensor(self.keep_layout))
-        samples.sort(key=lambda sample: bool(sample[-1] < since))
-        count, unit = sum(bool(time >= since) for *_, time in samples), -(-len(samples) // COUNTS)
-        return min(len(samples), -(-count // unit) * unit)
+        times = torch.cat([time for *_, time in samples])
+        noisy = noisier(self.family.objective, times, self.keep_layout).tolist()
+        order = sorted(range(len(samples)), key=lambda place: not noisy[place])
+        samples[:] = [samples[place] for place in order]
+        unit = -(-len(samples) // COUNTS)
+        return min(len(samples), -(-sum(noisy) // unit) * unit)
 
     def _mask(self, draws: Sequence[Draw]) -> Tensor | None:
         if self.unmasked_weight is None:

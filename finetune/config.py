@@ -236,7 +236,7 @@ def _explain(schema: type[Section], error: Mapping[str, Any]) -> list[str]:
         return [f"{path}: {error['ctx']['error']}"]
     context = error.get("ctx", {})
     expected = EXPECTED.get(error["type"]) or PATTERNS.get(context.get("pattern", ""))
-    if context.get("min_length", 0) > 1:
+    if error["type"] == "too_short" and context["min_length"] > 1:
         expected = f"at least {context['min_length']} entries"
     message = f"expected {expected}" if expected else error["msg"][0].lower() + error["msg"][1:]
     return [f"{path}: {message}, got {'nothing' if error['input'] is None else brief(error['input'])}."]

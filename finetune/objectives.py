@@ -34,6 +34,11 @@ class Objective(Protocol):
     def to(self, device: torch.device) -> Objective: ...
 
 
+def noisier(objective: Objective, time: Tensor, share: float) -> Tensor:
+    """Which times (B,) lie beyond a share of the way from picture to noise: (B,), bool."""
+    return time >= objective.time_at(torch.full_like(time, share, dtype=torch.float32))
+
+
 @dataclass(frozen=True)
 class Diffusion:
     """DDPM's forward process (2006.11239) with epsilon or v prediction (2202.00512)."""

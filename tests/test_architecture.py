@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "fingerprint": set(),
     "families": {"exact", "files", "fingerprint", "objectives", "placeholder", "registry"},
     "cache": set(),
-    "batch": {"cache", "dataset", "families"},
+    "batch": {"cache", "dataset", "families", "objectives"},
     "student": {"batch", "families", "fused", "methods"},
     "capture": set(),
     "replay": {"capture"},

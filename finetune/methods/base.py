@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from finetune.batch import Batch
     from finetune.families.base import Family
-    from finetune.objectives import Objective
     from finetune.student import Student
 
 
@@ -90,23 +89,20 @@ class Method(Section, ABC):
         """The weighted error of each sample: (B,)."""
         import torch
 
+        from finetune.objectives import noisier
         from finetune.student import denoising_errors, frozen_prediction
 
-        target = student.family.objective.target(batch.latents, batch.noise, batch.time).clone()
         held, prior = batch.num_held, batch.num_prior * self.predicts_class
-        if held or prior:
-            base = frozen_prediction(student, batch.ends(held, prior))
-            noisy = self._is_noisy(student.family.objective, batch.time[:held]).view(-1, 1, 1, 1)
+        if not held and not prior:
+            return denoising_errors(student.family, batch)
+        objective = student.family.objective
+        target = objective.target(batch.latents, batch.noise, batch.time).clone()
+        base = frozen_prediction(student, batch.ends(held, prior))
+        target[len(target) - prior :] = base[held:]
+        if self.keep_layout is not None:
+            noisy = noisier(objective, batch.time[:held], self.keep_layout).view(-1, 1, 1, 1)
             target[:held] = torch.where(noisy, base[:held], target[:held])
-            target[len(target) - prior :] = base[held:]
         return denoising_errors(student.family, batch, target)
-
-    def _is_noisy(self, objective: Objective, time: Tensor) -> Tensor:
-        """Whether layout is to be kept there: (B,), bool."""
-        import torch
-
-        since = 1.0 if self.keep_layout is None else self.keep_layout
-        return time >= objective.time_at(torch.full_like(time, since, dtype=torch.float32))
 
     def reduce(self, losses: Tensor, num_prior: int) -> Tensor:
         """(B,) losses to the scalar that is minimised."""
