@@ -58,8 +58,8 @@ class Replayed:
         return tree_map(torch.clone, self.captured([call]))  # some samplers keep what earlier steps have answered
 
     def let_go(self, pipeline: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-        """After a picture's last step, for the VAE needs the room."""
-        if step + 1 >= pipeline.num_timesteps:
+        """After a picture's last step, for the VAE needs the room; what could not be recorded is remembered."""
+        if step + 1 >= pipeline.num_timesteps and not (self.captured and self.captured.given_up):
             self.captured = None
         return {}
 

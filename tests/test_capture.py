@@ -163,6 +163,21 @@ def test_pictures_by_a_graph_are_those_of_the_plain_denoiser(
         executed.clear()
         drawn = render(pipeline, texts, seeds, **asked)
     assert "runs as usual" not in capsys.readouterr().err
-    assert 0 < executed.count(True) < 5 and executed.count(True) == executed.count(False)
+    recorded, by_python = (
+        executed.count(True),
+        executed.count(False),
+    )  # a sampler's first latents may be of another dtype
+    assert 0 < recorded < 5 and recorded <= by_python <= 2 * recorded
     np.testing.assert_allclose(np.stack(drawn).astype(float), np.stack(plain).astype(float), atol=2)
     assert "forward" not in vars(denoiser)
+
+
+@ON_A_GPU
+def test_drawing_that_cannot_be_captured_says_so_once(capsys: pytest.CaptureFixture[str]):
+    pipeline: Any = tiny.BASES["stable_diffusion"]["epsilon"]().to("cuda")
+    use_ddim(pipeline)
+    first = next(part for part in pipeline.unet.modules() if not list(part.children()))
+    first.register_forward_hook(lambda _, __, result: result + 0 * float(result.sum()))  # asked for by the host
+    drawn = render(pipeline, ["a thing"] * 3, [3, 4, 5], steps=5, guidance=3.0, size=64, batch_size=1)
+    assert len(drawn) == 3
+    assert capsys.readouterr().err.count("the denoiser runs as usual and not as one CUDA graph") == 1

@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# What kernels are compiled for is the same for nearly all layers: each compilation takes half a second of a first run.
 CHANNELS = 64  # that a program takes where groups are smaller, so that it does not read in shreds
-PLACES = 128  # that it takes at a time, at most
+PLACES = tl.constexpr(128)  # that it takes at a time
 PROGRAMS = 1024  # that keep a GPU busy
 FEW, ENOUGH = 256, 128  # places that a program works through alone where there are so many programs
-MOST = 64  # shares
+MOST = tl.constexpr(64)  # shares
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def _share(places, length):
 
 
 @triton.jit
-def _at(row, end, places, num_channels, channels, present, PLACES: tl.constexpr):
+def _at(row, end, places, num_channels, channels, present):
     """Where the next places are in (B, P, C), and which there are: (PLACES, BLOCK)."""
     rows = row + tl.arange(0, PLACES)
     first = tl.program_id(1).to(tl.int64) * places
@@ -69,9 +70,9 @@ def _keep(sums, values, num_channels, channels, present):
 
 
 @triton.jit
-def _total(sums, num_channels, channels, present, SHARES: tl.constexpr):
+def _total(sums, num_channels, channels, present):
     """Over the shares of (B, S, C)."""
-    share = tl.arange(0, SHARES)
+    share = tl.arange(0, MOST)
     lines = tl.program_id(1) * tl.num_programs(0) + share
     mask = (share < tl.num_programs(0))[:, None] & present[None, :]
     return tl.sum(tl.load(sums + lines[:, None] * num_channels + channels[None, :], mask=mask, other=0.0), 0)
@@ -84,23 +85,20 @@ def _over_groups(values, group):
 
 
 @triton.jit
-def _pivot(x, shift, num_channels, places, group, size, present, SHIFTED: tl.constexpr):
+def _pivot(x, shift, num_channels, places, group, size, present, shifted):
     """A value near each group's mean: squares of what is left lose nothing to rounding."""
     first = tl.program_id(1).to(tl.int64) * places * num_channels
     value = tl.load(x + first + group * size, mask=present, other=0.0).to(tl.float32)
-    if SHIFTED:
-        value += _of_picture(shift, num_channels, group * size, present)
-    return value
+    return value + _of_picture(shift, num_channels, group * size, present & shifted)
 
 
 @triton.jit
-def _moment_sums(x, below, num_channels, places, length, channels, present,
-                 BLOCK: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+def _moment_sums(x, below, num_channels, places, length, channels, present, BLOCK: tl.constexpr):
     """Of x less what is `below` it in each channel, and of its square."""
     start, end = _share(places, length)
     total, square = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for row in range(start, end, PLACES):
-        at, mask = _at(row, end, places, num_channels, channels, present, PLACES)
+        at, mask = _at(row, end, places, num_channels, channels, present)
         value = tl.where(mask, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - below[None, :], 0.0)
         total += tl.sum(value, 0)
         square += tl.sum(value * value, 0)
@@ -108,34 +106,31 @@ def _moment_sums(x, below, num_channels, places, length, channels, present,
 
 
 @triton.jit
-def _moments(x, shift, sums, squares, num_channels, places, size, length,
-             BLOCK: tl.constexpr, TAKEN: tl.constexpr, PLACES: tl.constexpr, SHIFTED: tl.constexpr):  # fmt: skip
+def _moments(x, shift, sums, squares, shifted, num_channels, places, size, length,
+             BLOCK: tl.constexpr, TAKEN: tl.constexpr):  # fmt: skip
     """Of x less its group's pivot."""
     channels, present, group = _own(num_channels, size, BLOCK, TAKEN)
-    below = _pivot(x, shift, num_channels, places, group, size, present, SHIFTED)
-    if SHIFTED:
-        below -= _of_picture(shift, num_channels, channels, present)
-    total, square = _moment_sums(x, below, num_channels, places, length, channels, present, BLOCK, PLACES)
+    below = _pivot(x, shift, num_channels, places, group, size, present, shifted)
+    below -= _of_picture(shift, num_channels, channels, present & shifted)
+    total, square = _moment_sums(x, below, num_channels, places, length, channels, present, BLOCK)
     _keep(sums, total, num_channels, channels, present)
     _keep(squares, square, num_channels, channels, present)
 
 
 @triton.jit
-def _forward(x, shift, weight, bias, sums, squares, y, mean, rstd, num_channels, places, size, length, eps,
-             BLOCK: tl.constexpr, TAKEN: tl.constexpr, PLACES: tl.constexpr, SHIFTED: tl.constexpr,
-             SHARES: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+def _forward(x, shift, weight, bias, sums, squares, y, mean, rstd, shifted, silu,
+             num_channels, places, size, length, eps,
+             BLOCK: tl.constexpr, TAKEN: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
     """y = (x + shift - mean) rstd weight + bias; mean less shift, and rstd, are kept for each channel: (B, C)."""
     channels, present, group = _own(num_channels, size, BLOCK, TAKEN)
     count = (places * size).to(tl.float32)
-    pivot = _pivot(x, shift, num_channels, places, group, size, present, SHIFTED)
-    own = tl.zeros((BLOCK,), tl.float32)
-    if SHIFTED:
-        own = _of_picture(shift, num_channels, channels, present)
-    if SHARES == 1:  # and so nobody has summed anything up yet
-        total, square = _moment_sums(x, pivot - own, num_channels, places, length, channels, present, BLOCK, PLACES)
+    pivot = _pivot(x, shift, num_channels, places, group, size, present, shifted)
+    own = _of_picture(shift, num_channels, channels, present & shifted)
+    if ALONE:  # and so nobody has summed anything up yet
+        total, square = _moment_sums(x, pivot - own, num_channels, places, length, channels, present, BLOCK)
     else:
-        total = _total(sums, num_channels, channels, present, SHARES)
-        square = _total(squares, num_channels, channels, present, SHARES)
+        total = _total(sums, num_channels, channels, present)
+        square = _total(squares, num_channels, channels, present)
     off = _over_groups(total, group) / count
     middle = pivot + off - own
     inverse = 1.0 / tl.sqrt(tl.maximum(_over_groups(square, group) / count - off * off, 0.0) + eps)
@@ -146,20 +141,20 @@ def _forward(x, shift, weight, bias, sums, squares, y, mean, rstd, num_channels,
     factor, base = inverse * _of_channels(weight, channels, present), _of_channels(bias, channels, present)
     start, end = _share(places, length)
     for row in range(start, end, PLACES):
-        at, mask = _at(row, end, places, num_channels, channels, present, PLACES)
+        at, mask = _at(row, end, places, num_channels, channels, present)
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - middle[None, :]
         value = value * factor[None, :] + base[None, :]
-        if SILU:
+        if silu:
             value = value * tl.sigmoid(value)
         tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _normal_and_change(x, gradient, at, mask, middle, inverse, factor, base, SILU: tl.constexpr):
+def _normal_and_change(x, gradient, at, mask, middle, inverse, factor, base, silu):
     """The normalised x, and the gradient of what silu is given: (PLACES, BLOCK) each."""
     normal = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - middle[None, :]) * inverse[None, :]
     change = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
-    if SILU:
+    if silu:
         z = normal * factor[None, :] + base[None, :]
         gate = tl.sigmoid(z)
         change = change * gate * (1.0 + z * (1.0 - gate))
@@ -167,55 +162,54 @@ def _normal_and_change(x, gradient, at, mask, middle, inverse, factor, base, SIL
 
 
 @triton.jit
-def _change_sums(x, gradient, middle, inverse, factor, base, num_channels, places, length, channels, present,
-                 BLOCK: tl.constexpr, PLACES: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+def _change_sums(x, gradient, middle, inverse, factor, base, silu, num_channels, places, length, channels, present,
+                 BLOCK: tl.constexpr):  # fmt: skip
     """Of the gradient g, and of g times the normalised x."""
     start, end = _share(places, length)
     total, product = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for row in range(start, end, PLACES):
-        at, mask = _at(row, end, places, num_channels, channels, present, PLACES)
-        normal, change = _normal_and_change(x, gradient, at, mask, middle, inverse, factor, base, SILU)
+        at, mask = _at(row, end, places, num_channels, channels, present)
+        normal, change = _normal_and_change(x, gradient, at, mask, middle, inverse, factor, base, silu)
         total += tl.sum(change, 0)
         product += tl.sum(change * normal, 0)
     return total, product
 
 
 @triton.jit
-def _gradient_sums(x, gradient, weight, bias, mean, rstd, sums, products, num_channels, places, size, length,
-                   BLOCK: tl.constexpr, TAKEN: tl.constexpr, PLACES: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+def _gradient_sums(x, gradient, weight, bias, mean, rstd, sums, products, silu, num_channels, places, size, length,
+                   BLOCK: tl.constexpr, TAKEN: tl.constexpr):  # fmt: skip
     channels, present, _ = _own(num_channels, size, BLOCK, TAKEN)
     middle = _of_picture(mean, num_channels, channels, present)
     inverse = _of_picture(rstd, num_channels, channels, present)
     factor, base = _of_channels(weight, channels, present), _of_channels(bias, channels, present)
-    total, product = _change_sums(x, gradient, middle, inverse, factor, base, num_channels, places, length, channels,
-                                  present, BLOCK, PLACES, SILU)  # fmt: skip
+    total, product = _change_sums(x, gradient, middle, inverse, factor, base, silu, num_channels, places, length,
+                                  channels, present, BLOCK)  # fmt: skip
     _keep(sums, total, num_channels, channels, present)
     _keep(products, product, num_channels, channels, present)
 
 
 @triton.jit
-def _backward(x, gradient, weight, bias, mean, rstd, sums, products, to_x, num_channels, places, size, length,
-              BLOCK: tl.constexpr, TAKEN: tl.constexpr, PLACES: tl.constexpr, SILU: tl.constexpr,
-              SHARES: tl.constexpr):  # fmt: skip
+def _backward(x, gradient, weight, bias, mean, rstd, sums, products, to_x, silu, num_channels, places, size, length,
+              BLOCK: tl.constexpr, TAKEN: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
     """rstd (w g - mean(w g) - n mean(w g n)): means over a group, n the normalised x, w the weight."""
     channels, present, group = _own(num_channels, size, BLOCK, TAKEN)
     count = (places * size).to(tl.float32)
     middle = _of_picture(mean, num_channels, channels, present)
     inverse = _of_picture(rstd, num_channels, channels, present)
     factor, base = _of_channels(weight, channels, present), _of_channels(bias, channels, present)
-    if SHARES == 1:  # and so nobody has summed anything up yet, for weight and bias neither
-        total, product = _change_sums(x, gradient, middle, inverse, factor, base, num_channels, places, length,
-                                      channels, present, BLOCK, PLACES, SILU)  # fmt: skip
+    if ALONE:  # and so nobody has summed anything up yet, for weight and bias neither
+        total, product = _change_sums(x, gradient, middle, inverse, factor, base, silu, num_channels, places, length,
+                                      channels, present, BLOCK)  # fmt: skip
         _keep(sums, total, num_channels, channels, present)
         _keep(products, product, num_channels, channels, present)
     else:
-        total = _total(sums, num_channels, channels, present, SHARES)
-        product = _total(products, num_channels, channels, present, SHARES)
+        total = _total(sums, num_channels, channels, present)
+        product = _total(products, num_channels, channels, present)
     even, along = _over_groups(factor * total, group) / count, _over_groups(factor * product, group) / count
     start, end = _share(places, length)
     for row in range(start, end, PLACES):
-        at, mask = _at(row, end, places, num_channels, channels, present, PLACES)
-        normal, change = _normal_and_change(x, gradient, at, mask, middle, inverse, factor, base, SILU)
+        at, mask = _at(row, end, places, num_channels, channels, present)
+        normal, change = _normal_and_change(x, gradient, at, mask, middle, inverse, factor, base, silu)
         result = (change * factor[None, :] - even[None, :] - normal * along[None, :]) * inverse[None, :]
         tl.store(to_x + at, result.to(to_x.dtype.element_ty), mask=mask)
 
@@ -227,16 +221,16 @@ class _Plan:
         batch, channels, height, width = x.shape
         places, size = height * width, channels // num_groups
         taken = size * max(1, CHANNELS // size)
-        blocks, at_once = triton.cdiv(channels, taken), min(PLACES, triton.next_power_of_2(places))
-        shares = min(MOST, triton.cdiv(places, at_once), triton.cdiv(PROGRAMS, batch * blocks))
+        blocks, parts = triton.cdiv(channels, taken), triton.cdiv(places, PLACES.value)
+        shares = min(MOST.value, parts, triton.cdiv(PROGRAMS, batch * blocks))
         if places <= FEW and batch * blocks >= ENOUGH:  # a second one would take longer to start
             shares = 1
-        length = triton.cdiv(triton.cdiv(places, shares), at_once) * at_once
+        length = triton.cdiv(parts, shares) * PLACES.value
         self.grid = (triton.cdiv(places, length), batch, blocks)
         self.sums = x.new_empty((2, batch, self.grid[0], channels), dtype=torch.float32)
         self.sizes = (channels, places, size, length)
-        self.block = {"BLOCK": triton.next_power_of_2(taken), "TAKEN": taken, "PLACES": at_once}
-        self.shares = {"SHARES": triton.next_power_of_2(self.grid[0])}
+        self.alone = self.grid[0] == 1
+        self.block = {"BLOCK": triton.next_power_of_2(taken), "TAKEN": taken}
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -249,12 +243,13 @@ class _GroupNorm(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         plan, y = _Plan(x, num_groups), torch.empty_like(x)
         mean, rstd = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
-        how = {**plan.block, "SHIFTED": shift is not None}
-        known = x, x if shift is None else shift.contiguous()
-        if plan.grid[0] > 1:
-            _moments[plan.grid](*known, *plan.sums, *plan.sizes, **how)
+        shifted = shift is not None
+        known = x, shift.contiguous() if shifted else x
+        if not plan.alone:
+            _moments[plan.grid](*known, *plan.sums, shifted, *plan.sizes, **plan.block)
+        found = *plan.sums, y, mean, rstd
         _forward[plan.grid](
-            *known, weight, bias, *plan.sums, y, mean, rstd, *plan.sizes, eps, **how, **plan.shares, SILU=silu
+            *known, weight, bias, *found, shifted, silu, *plan.sizes, eps, **plan.block, ALONE=plan.alone
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.settings = num_groups, silu
@@ -267,10 +262,10 @@ class _GroupNorm(torch.autograd.Function):
         num_groups, silu = ctx.settings
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
         plan, to_x = _Plan(x, num_groups), torch.empty_like(x)
-        known, how = (x, gradient, weight, bias, mean, rstd, *plan.sums), {**plan.block, "SILU": silu}
-        if plan.grid[0] > 1:
-            _gradient_sums[plan.grid](*known, *plan.sizes, **how)
-        _backward[plan.grid](*known, to_x, *plan.sizes, **how, **plan.shares)
+        known = x, gradient, weight, bias, mean, rstd, *plan.sums
+        if not plan.alone:
+            _gradient_sums[plan.grid](*known, silu, *plan.sizes, **plan.block)
+        _backward[plan.grid](*known, to_x, silu, *plan.sizes, **plan.block, ALONE=plan.alone)
         to_bias, to_weight = plan.sums.sum((1, 2)).to(weight.dtype) if ctx.needs_input_grad[2] else (None, None)
         return to_x, None, to_weight, to_bias, None, None, None
 
