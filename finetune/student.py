@@ -49,6 +49,7 @@ class Student(nn.Module):
         family: Family,
         groups: Sequence[Group],
         frozen: Callable[[], AbstractContextManager] = nullcontext,
+        exported: Callable[[], AbstractContextManager] = nullcontext,
     ):
         super().__init__()
         for group in groups:
@@ -64,6 +65,7 @@ class Student(nn.Module):
         self.method = method
         self.groups = groups
         self.frozen = frozen  # a context in which the family is the base again
+        self.exported = exported  # one in which it is what goes out
         self._hidden = (family,)  # a tuple keeps nn.Module from registering its parts
 
     @property

@@ -290,16 +290,16 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The weights to look at and to export: their moving average, if there is one."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.student.parameters())
-        self.ema.copy_to(self.student.parameters())
+        """The model to look at and to export: of its weights the moving average, if there is one."""
+        if self.ema is not None:
+            self.ema.store(self.student.parameters())
+            self.ema.copy_to(self.student.parameters())
         try:
-            yield
+            with self.student.exported():
+                yield
         finally:
-            self.ema.restore(self.student.parameters())
+            if self.ema is not None:
+                self.ema.restore(self.student.parameters())
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on."""

@@ -89,6 +89,20 @@ def disabled(models: Sequence[Any]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def scaled(models: Sequence[Any], weight: float) -> Iterator[None]:
+    """The models that share of the way from what they were to what they became."""
+    scales = [module.scaling for model in models for _, module in _adapted(model)]
+    before = [dict(each) for each in scales]
+    try:
+        for each in scales:
+            each.update({name: weight * scale for name, scale in each.items()})
+        yield
+    finally:
+        for each, old in zip(scales, before, strict=True):
+            each.update(old)
+
+
 def adapter_weights(model: nn.Module) -> LowRank:
     """The adapter's factors with its scale multiplied into B, so that the scale of the file is 1.
 

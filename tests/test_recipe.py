@@ -183,8 +183,18 @@ def test_a_mistake_is_named_with_what_was_meant(overrides: list[str], messages: 
         ("dreambooth", ["method.export_checkpoint=true"], ["export_checkpoint", "denoiser: whole"]),
         *(
             ("dreambooth", ["method.denoiser=whole", f"method.{setting}"], [setting.split("=")[0], "denoiser: lora"])
-            for setting in ("alpha=3", "targets=to_k", "rank_pattern={a: 3}", "alpha_pattern={a: 3}", "dropout=0.1")
+            for setting in (
+                "alpha=3",
+                "targets=to_k",
+                "rank_pattern={a: 3}",
+                "alpha_pattern={a: 3}",
+                "dropout=0.1",
+                "export_weight=0.8",
+            )
         ),
+        ("lora", ["method.variant=dora", "method.export_weight=0.8"], ["export_weight", "dora"]),
+        ("lora", ["method.export_weight=0"], ["export_weight"]),
+        ("lora", ["method.export_weight=1.2"], ["export_weight"]),
         ("textual_inversion", ["dataset.captions=['a dog', 'a {}']"], ["dataset.captions", "'a dog'"]),
         ("pivotal_tuning", ["dataset.captions=['a dog']"], ["dataset.captions", "'a dog'"]),
         ("lora", ["dataset.resolution=250"], ["dataset.resolution", "8"]),

@@ -10,10 +10,13 @@ import lessons
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from finetune import run
 from finetune.config import build
 from finetune.errors import UserError
+from finetune.export import LORA_FILE
+from finetune.load import load_adapters
 from finetune.methods.lora import LoRA, Variant
 
 VARIANTS = get_args(get_args(Variant)[0])
@@ -80,6 +83,40 @@ def test_rslora_scales_by_the_square_root_of_each_rank(base_folder: Any, tmp_pat
     for name, layer in layers.items():
         rank = 9 if name.endswith("to_q") else 4
         assert layer.scaling["default"] == pytest.approx(6 / math.sqrt(rank))
+
+
+def update(file: Path) -> Tensor:
+    """All that a file adds to the base, in one row."""
+    held = load_file(file)
+    downs = sorted(name for name in held if name.endswith("lora_A.weight"))
+    products = [held[name.replace("lora_A", "lora_B")].flatten(1) @ held[name].flatten(1) for name in downs]
+    return torch.cat([product.flatten() for product in products])
+
+
+@pytest.mark.parametrize("variant", [each for each in VARIANTS if each != "dora"])
+def test_an_export_at_a_weight_is_that_share_of_the_way_from_the_base(variant: str, base_folder: Any, tmp_path: Path):
+    base, found, losses = base_folder("stable_diffusion"), {}, {}
+    for weight in (1.0, 0.25):
+        settings = at_toy_size({"variant": variant, "text_encoder": True, "export_weight": weight})
+        folder, ema = tmp_path / str(weight), {"ema": 0.5, "batch_size": 1, "steps": 3}
+        result = run.train(lessons.recipe(base, folder, "lora", settings, train=ema))
+        assert result.verdict.passed
+        taught = [line["loss"] for line in lessons.lines(folder / "run") if "loss" in line]
+        found[weight], losses[weight] = update(result.files[0]), taught
+    assert losses[1.0] == losses[0.25]  # what is trained is the same
+    torch.testing.assert_close(found[0.25], found[1.0] / 4, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_judged_on_the_way_is_what_would_go_out(base_folder: Any, tmp_path: Path):
+    at_work = run.prepare(lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", {"export_weight": 0.25}))
+    at_work.loop()
+    with at_work.trainer.averaged():
+        shown = at_work.probe(at_work.family)
+    at_work.finish()
+    fresh = run.load_family(at_work.recipe)
+    load_adapters(fresh.pipeline, [tmp_path / "run" / LORA_FILE])
+    torch.testing.assert_close(at_work.probe(fresh), shown, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(at_work.probe(at_work.family), shown, atol=1e-3)  # training could go on from where it was
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

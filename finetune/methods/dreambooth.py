@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from finetune.student import Student
 
 
-LORA_ONLY = ("variant", "alpha", "factor", "targets", "rank_pattern", "alpha_pattern", "dropout")
+LORA_ONLY = ("variant", "alpha", "factor", "targets", "rank_pattern", "alpha_pattern", "dropout", "export_weight")
 WHOLE_ONLY = ("export_energy", "export_checkpoint")
 
 

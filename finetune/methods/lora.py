@@ -68,6 +68,9 @@ class LoRA(Method):
     text_encoder: bool = False
     text_encoder_learning_rate: PositiveFloat | None = None
     """Default: the learning rate."""
+    export_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """What goes out, and is judged and drawn, is this share of the way from the base to what was learnt, which keeps
+    more of what the base can do (2109.01903)."""
 
     @property
     def trains_text(self) -> bool:
@@ -84,6 +87,10 @@ class LoRA(Method):
         if self.dropout and self.variant in WITHOUT_DROPOUT:
             why = "would drop parts of the base" if self.variant == "pissa" else "is not known to it"
             problems.append(f"dropout: with variant: {self.variant} it {why}. Remove one of them.")
+        if self.export_weight != 1 and self.variant == "dora":
+            problems.append(
+                "export_weight: the lengths that variant: dora learns are no part of a way. Remove one of them."
+            )
         if self.factor != type(self).model_fields["factor"].default and self.variant != "lokr":
             problems.append("factor: is for variant: lokr. Remove it.")
         for setting in ("rank_pattern", "alpha_pattern"):
@@ -101,11 +108,12 @@ class LoRA(Method):
 
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
         from finetune.student import Student
-        from finetune.variants import disabled
+        from finetune.variants import disabled, scaled
 
         groups = self.adapters(family, learning_rate)
         adapted = [getattr(family.pipeline, group.name) for group in groups]
-        return Student(self, family, groups, frozen=lambda: disabled(adapted))
+        weight = self.export_weight
+        return Student(self, family, groups, frozen=lambda: disabled(adapted), exported=lambda: scaled(adapted, weight))
 
     def adapters(self, family: Family, learning_rate: float) -> list[Group]:
         """Adapters for the denoiser and, where asked for, the text encoders: a group each."""

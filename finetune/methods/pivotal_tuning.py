@@ -44,7 +44,7 @@ class PivotalTuning(Preserving, LoRA):
 
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
         from finetune.student import Group, Student
-        from finetune.variants import disabled
+        from finetune.variants import disabled, scaled
         from finetune.vocabulary import extend, untaught
 
         groups = self.adapters(family, learning_rate)
@@ -58,7 +58,7 @@ class PivotalTuning(Preserving, LoRA):
             with disabled(adapted), untaught(tables.values()):
                 yield
 
-        return Student(self, family, groups, frozen=frozen)
+        return Student(self, family, groups, frozen=frozen, exported=lambda: scaled(adapted, self.export_weight))
 
     def export(self, student: Student, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[Path]:
         from finetune.export import save_words
