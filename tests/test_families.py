@@ -80,6 +80,16 @@ def test_everything_is_frozen_until_a_method_is_attached(family: Any):
 
 
 @every_family
+def test_no_prompt_is_encoded_otherwise_while_its_encoder_trains(family: Any):
+    tokens = family.tokenize(["a thing"])
+    said = family.encode_prompt(tokens)
+    for part in family.parts():
+        part.train()
+    now = family.encode_prompt(tokens)
+    torch.testing.assert_close(vars(now), vars(said), rtol=0, atol=0)
+
+
+@every_family
 def test_a_word_of_several_vectors_is_spelled_out_in_the_prompt(family: Any):
     tables = extend(family, "<it>", 3, "thing")
     tokens = family.tokenize(["a <it> thing"])
