@@ -388,7 +388,7 @@ def _keep_all(part: nn.Module) -> None:
     for module in cast(Any, part).modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):  # of attention
+        elif isinstance(vars(module).get("dropout"), float):  # of attention
             module.dropout = 0.0
 
 
