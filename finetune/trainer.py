@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +19,7 @@ from finetune.dataset import Draw, Pictures
 from finetune.dataset.buckets import Shapes
 from finetune.errors import UserError
 from finetune.gpu import make_ready
-from finetune.processes import agree, average
+from finetune.processes import Sums, add_up, agree
 from finetune.recomputing import checkpoint_all, checkpoint_some
 from finetune.schedule import TrainConfig, build_optimizer, multiplier, restore
 from finetune.stopping import Stop
@@ -101,7 +101,8 @@ class Trainer:
         )
         self._prepare_family()
         agree(list(student.parameters()))
-        self.model = accelerator.prepare_model(student, evaluation_mode=True)  # `average` keeps processes in step
+        self.model = accelerator.prepare_model(student, evaluation_mode=True)  # `sums` keep processes in step
+        self.sums = Sums(list(student.parameters()))
         self.optimizer = accelerator.prepare(build_optimizer(student.groups, config))
         self.ema = None if config.ema is None else _average(student, config.ema)
         self.validation: Validation | None = None
@@ -185,11 +186,13 @@ class Trainer:
     def _gradients(self, batches: Sequence[Batch]) -> Tensor:
         """The loss of a step's parts, and their gradients where parameters keep them: means over all processes."""
         total = torch.zeros((), device=self.accelerator.device)
-        for batch in batches:
-            loss = self.student.method.reduce(self.model(batch), batch.num_prior) / len(batches)
-            self.accelerator.backward(loss)
+        parts = len(batches) * self.accelerator.num_processes
+        for number, batch in enumerate(batches, start=1):
+            loss = self.student.method.reduce(self.model(batch), batch.num_prior) / parts
+            with self.sums.summed() if number == len(batches) else nullcontext():
+                self.accelerator.backward(loss)
             total += loss.detach()
-        average([total, *(each.grad for each in self.student.parameters() if each.grad is not None)])
+        add_up(total)
         return total
 
     def _clip(self) -> Tensor:
