@@ -59,19 +59,20 @@ def train(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the same folder.")] = False,
 ) -> None:
     """Train, export, and prove that the exported files hold what was learnt."""
-    from finetune.headstart import head_start
+    from finetune.headstart import head_start, hidden, unused
 
     loaded = _load(recipe, overrides)
-    with head_start(loaded.base):
-        from finetune import run
-        from finetune.session import carry_out
+    with hidden(unused(loaded)):
+        with head_start(loaded.base):
+            from finetune import run
+            from finetune.session import carry_out
 
-    try:
-        carry_out(loaded, resume=resume, overwrite=overwrite)
-    except run.Stopped as stopped:
-        if str(stopped):  # one process of several speaks for all
-            print(stopped, file=sys.stderr)
-        sys.exit(130)
+        try:
+            carry_out(loaded, resume=resume, overwrite=overwrite)
+        except run.Stopped as stopped:
+            if str(stopped):  # one process of several speaks for all
+                print(stopped, file=sys.stderr)
+            sys.exit(130)
 
 
 @app.command()

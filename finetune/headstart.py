@@ -7,14 +7,16 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
 
 from finetune.outline import outline
-from finetune.recipe import BaseConfig
+from finetune.recipe import BaseConfig, Recipe
+from finetune.schedule import OPTIMIZERS
 
 PIECE = 2**20  # bytes; of a wish for more the system fulfils a part
 MOST = 0.5  # of the memory: what is read ahead of more would have to give way before it is used
@@ -23,27 +25,34 @@ READ = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors"  # and no varian
 
 @contextmanager
 def head_start(base: BaseConfig) -> Iterator[None]:
-    """`importing` the libraries of a run, with its base on the way into memory."""
-    Thread(target=_read_ahead, args=[base], daemon=True).start()
-    with importing(), contextlib.nullcontext() if base.quantize else hidden("bitsandbytes"):
+    """`importing` the libraries of a run, with its base on the way into memory and the GPU awake."""
+    for task in (partial(_read_ahead, base), _wake):
+        Thread(target=task, daemon=True).start()
+    with importing():
         yield
 
 
-@contextmanager
-def hidden(library: str) -> Iterator[None]:
-    """As if it were not installed, for the libraries that import it wherever it is; it can be imported afterwards.
+def unused(recipe: Recipe[Any]) -> list[str]:
+    """Libraries that others import wherever they are, and that a run of the recipe does without.
 
     Of bitsandbytes that saves a fifth of all imports, as it brings a compiler.
     """
+    optimizer = OPTIMIZERS.get(recipe.train.optimizer, recipe.train.optimizer)
+    packs = recipe.base.quantize is not None or not optimizer.startswith(("torch.optim.", "prodigyopt."))
+    return ["sklearn"] if packs else ["sklearn", "bitsandbytes"]
+
+
+@contextmanager
+def hidden(libraries: Sequence[str]) -> Iterator[None]:
+    """As if they were not installed; they can be imported afterwards."""
     known: dict[str, object] = cast(Any, sys.modules)
-    if library in known:
-        yield
-        return
-    known[library] = None
+    absent = dict.fromkeys(library for library in libraries if library not in known)
+    known.update(absent)
     try:
         yield
     finally:
-        del known[library]
+        for library in absent:
+            del known[library]
 
 
 @contextmanager
@@ -82,6 +91,19 @@ def _read_ahead(base: BaseConfig) -> None:
             with file.open("rb") as stream:
                 for place in range(0, size, PIECE):
                     os.posix_fadvise(stream.fileno(), place, PIECE, os.POSIX_FADV_WILLNEED)
+
+
+def _wake() -> None:
+    """Have the GPU's libraries loaded, which takes seconds that need no Python, by one operation of each kind."""
+    import torch
+
+    with contextlib.suppress(RuntimeError):  # what is wrong with the GPU is said by the run itself
+        if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU"):
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            for dtype in (torch.bfloat16, torch.float32):
+                pixels = torch.zeros(1, 8, 8, 8, device=device, dtype=dtype, requires_grad=True)
+                kernel = torch.zeros(8, 8, 3, 3, device=device, dtype=dtype)
+                torch.conv2d(pixels, kernel).flatten(1).mm(kernel.view(288, 2)).sum().backward()
 
 
 def _memory() -> int:

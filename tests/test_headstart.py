@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lessons
 import pytest
+import tiny
 
-from finetune.headstart import head_start, hidden, importing, weights
-from finetune.recipe import BaseConfig
+from finetune.headstart import head_start, hidden, importing, unused, weights
+from finetune.recipe import BaseConfig, load
 
 
 @pytest.fixture(autouse=True)
@@ -72,21 +74,33 @@ def test_garbage_is_looked_for_again_where_an_import_fails():
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize("quantize", ["null", "nf4"])
-def test_bitsandbytes_is_not_waited_for_where_nothing_is_packed_and_is_there_when_it_is_asked_for(quantize: str):
-    script = f"""
-from finetune.headstart import head_start
-from finetune.recipe import BaseConfig
-import sys, yaml
-with head_start(BaseConfig(source="someone/a-model", quantize=yaml.safe_load("{quantize}"))):
-    import finetune.run
-print("bitsandbytes" in sys.modules)
-from bitsandbytes.optim import AdamW8bit
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(quantize == "nf4")]
+PACKING = {
+    "none": ([], False),
+    "base": (["base.quantize=nf4"], True),
+    "optimizer": (["train.optimizer=adamw_8bit"], True),
+    "of_someone": (["train.optimizer=someone.optim.Adam"], True),
+    "of_torch": (["train.optimizer=torch.optim.SGD"], False),
+}
+
+
+@pytest.mark.parametrize("packing", PACKING)
+def test_bitsandbytes_is_left_out_where_nothing_is_packed(packing: str):
+    changes, packs = PACKING[packing]
+    assert ("bitsandbytes" in unused(load("demo", changes))) is not packs
+
+
+def test_a_run_imports_nothing_that_it_does_without(base: Path, tmp_path: Path):
+    pictures, folder = tiny.save_pictures(tmp_path / "pictures"), tmp_path / "run"
+    recipe = lessons.recipe(base, tmp_path, "lora", "plain", pictures)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-X", "importtime", "-m", "finetune", "train", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (folder / "pytorch_lora_weights.safetensors").is_file()
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "peft" in imported and not imported & {"bitsandbytes._ops", "sklearn", "wandb"}
 
 
 def test_a_library_that_is_there_already_stays():
-    with hidden("pytest"):
-        assert sys.modules["pytest"] is pytest
+    with hidden(["pytest", "some_library"]):
+        assert sys.modules["pytest"] is pytest and sys.modules["some_library"] is None
+    assert "some_library" not in sys.modules
