@@ -2,65 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
-AT_ONCE = 2**25  # numbers that are sent together: enough to outweigh the way, and little memory
+AT_ONCE = 2**22  # numbers that are sent together: enough to outweigh the way, and soon there
 
 
 class Sums:
     """Gradients become their sums over all processes, while autograd is at work on those of earlier layers.
 
-    The last layers' are there first, so buckets are filled from the end (2006.15704). Each process
-    sends them in the same order. A CUDA graph can hold all of it.
+    They are sent in buckets, as DistributedDataParallel does (2006.15704): in the order in which the
+    first backward pass had them, on each process the same. A CUDA graph can hold all of it.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
-        self.buckets = list(_buckets(parameters[::-1])) if _are_several() else []
-        self.missing: list[int] = []  # gradients that each bucket waits for, while there is something to sum up
+        self.parameters = list(parameters) if _are_several() else []
+        self.arrived: dict[int, None] = {}  # parameters by their number, in the order of their gradients
+        self.buckets: list[list[nn.Parameter]] = []  # none before the first pass is over
+        self.place: dict[int, int] = {}  # parameter -> bucket
+        self.missing: list[int] = []  # gradients that each bucket waits for
         self.sent: list[Any] = []
-        for number, bucket in enumerate(self.buckets):
-            for parameter in bucket:
-                parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))
+        self.is_last = False  # whether what arrives is whole
+        met = WeakMethod(self._note)  # or parameters would keep themselves for ever, which Python cannot see
+        for number, parameter in enumerate(self.parameters):
+            parameter.register_post_accumulate_grad_hook(partial(_tell, met, number))
 
     @contextmanager
     def summed(self) -> Iterator[None]:
         """What the parameters' gradients are after the backward pass in it, they are summed up."""
-        self.missing, self.sent = [len(bucket) for bucket in self.buckets], []
+        self.missing, self.sent, self.arrived = [len(bucket) for bucket in self.buckets], [], {}
+        self.is_last = True
         try:
             yield
+            if not self.buckets and self.parameters:
+                self._fill()
             for bucket in self.buckets[len(self.sent) :]:  # some parameter had no part in the loss
                 self._send(bucket)
             for work in self.sent:
                 if work is not None:
                     work.wait()
         finally:
-            self.missing, self.sent = [], []
+            self.is_last = False
 
-    def _arrived(self, number: int) -> None:
-        if not self.missing:  # a part of a step that others are added to
+    def _note(self, number: int) -> None:
+        if not self.is_last:  # a part of a step that others are added to
             return
-        self.missing[number] -= 1
+        self.arrived[number] = None
+        if not self.buckets:
+            return
+        self.missing[self.place[number]] -= 1
         while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
             self._send(self.buckets[len(self.sent)])
 
+    def _fill(self) -> None:
+        """As the main process met them, so that no process waits for another's."""
+        everything = self.arrived | dict.fromkeys(range(len(self.parameters)))
+        order = torch.tensor(list(everything), device=self.parameters[0].device)
+        agree([order])
+        numbers = order.tolist()
+        self.buckets = list(_buckets([self.parameters[number] for number in numbers]))
+        places = [place for place, bucket in enumerate(self.buckets) for _ in bucket]
+        self.place = dict(zip(numbers, places, strict=True))
+
     @torch.no_grad()
     def _send(self, bucket: Sequence[nn.Parameter]) -> None:
-        """Gradients turn into parts of what is sent, so that there is no second copy of them."""
+        """Several gradients turn into parts of what is sent, so that there is no second copy of them."""
         there = [(parameter, parameter.grad) for parameter in bucket if parameter.grad is not None]
-        if not there:
-            self.sent.append(None)
-            return
-        whole, place = torch.cat([grad.as_strided([grad.numel()], [1]) for _, grad in there]), 0
-        for parameter, grad in there:
-            parameter.grad = whole.as_strided(grad.shape, grad.stride(), place)
-            place += grad.numel()
-        self.sent.append(torch.distributed.all_reduce(whole, async_op=True))
+        flat, place = [grad.as_strided([grad.numel()], [1]) for _, grad in there], 0
+        if len(flat) > 1:
+            whole = torch.cat(flat)
+            for parameter, grad in there:
+                parameter.grad = whole.as_strided(grad.shape, grad.stride(), place)
+                place += grad.numel()
+            flat = [whole]
+        self.sent.append(torch.distributed.all_reduce(flat[0], async_op=True) if flat else None)
+
+
+def _tell(met: WeakMethod[Callable[[int], None]], number: int, _: Tensor) -> None:
+    if (note := met()) is not None:
+        note(number)
 
 
 def add_up(number: Tensor) -> None:

@@ -11,6 +11,7 @@ def quiet() -> None:
     """Before the libraries are imported: they read these at import. What the user has set stands."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # several GPUs end with a warning of what the end frees
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Pictures that cannot be used are refused with words of our own.

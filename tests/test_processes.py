@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +15,11 @@ from torch import Tensor, nn
 from finetune import processes
 
 
-def network() -> nn.Module:
+def network() -> Any:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU(), nn.Conv2d(8, 5, 3), nn.Flatten(), nn.Linear(20, 3))
     net.register_parameter("apart", nn.Parameter(torch.ones(7)))  # has no part in the loss
-    return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return net.to(memory_format=torch.channels_last)
 
 
 def inputs(part: int) -> Tensor:
@@ -29,10 +32,16 @@ def do_its_share(process: int, at_once: int, folder: Path):
     torch.distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=process, world_size=2)
     net = network()
     sums = processes.Sums(list(net.parameters()))
-    net(inputs(2 * process)).square().mean().backward()
-    with sums.summed():
-        net(inputs(2 * process + 1)).square().mean().backward()
+    for _ in range(3):  # the first knows of no order yet
+        net.zero_grad()
+        net(inputs(2 * process)).square().mean().backward()
+        with sums.summed():
+            net(inputs(2 * process + 1)).square().mean().backward()
     torch.save({name: each.grad for name, each in net.named_parameters()}, folder / f"{process}.pt")
+    kept = weakref.ref(net[0].weight)
+    del net, sums
+    gc.collect()
+    assert kept() is None, "a run that is over keeps its memory"
     torch.distributed.destroy_process_group()
 
 
