@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from finetune.detection import detect
 from finetune.errors import UserError, reason
-from finetune.families.base import Family, Source, detect, families
+from finetune.families.base import Family, Source, families
 from finetune.quantize import quantize
 from finetune.quiet import quiet_loading
 from finetune.recipe import Recipe, known_families

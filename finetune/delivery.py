@@ -39,7 +39,7 @@ class Delivery:
 
     def probe(self, family: Family) -> Tensor:
         """Predictions on fixed inputs, by which models are compared."""
-        with family.sampling():
+        with family.looking():
             return probe(family, self.prompts, self.recipe.dataset.resolution)
 
     def is_sane(self) -> bool:
@@ -90,8 +90,10 @@ class Delivery:
         with explained(self.recipe, "comparing the export", "else"):
             fresh = load_family(self.recipe)
             fresh.to(device)
+            fresh.rest(["vae", *fresh.text_encoders])
             before = self.probe(fresh)
-            load_adapters(fresh.pipeline, files).to(device)
+            load_adapters(fresh.pipeline, files)
+            fresh.denoiser.to(device)
             return compare(before, after, self.probe(fresh))
 
     def _header(self) -> dict[str, str]:

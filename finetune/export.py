@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from finetune.adapter import in_precision
-from finetune.batch import Batch
+from finetune.batch import Batch, send
 from finetune.families.base import Family
 from finetune.files import whole, write_tensors
 from finetune.lowrank import LowRank
@@ -72,15 +73,15 @@ class Verdict:
 def probe(family: Family, captions: Sequence[str], size: int) -> Tensor:
     """The family's prediction on fixed noised latents at four noise levels per caption, in float32 on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    shape, geometry = (4, *family.latent_shape(size)), torch.tensor([[size, size, 0, 0, size, size]] * 4).float()
-    time = family.objective.time_at(torch.tensor([0.1, 0.35, 0.6, 0.9]))
+    shape, geometry = (4, *family.latent_shape(size)), torch.tensor([[size, size, 0, 0, size, size]]).float()
+    times = family.objective.time_at(torch.tensor([0.1, 0.35, 0.6, 0.9]))
     predictions = []
-    for caption in captions:
-        drawn = (torch.randn(shape, generator=generator) for _ in range(2))
-        latents, noise, when, where = (part.to(family.device) for part in (*drawn, time, geometry))
-        with family.exact():
-            batch = Batch(latents, noise, when, family.tokenize([caption] * 4), where, 0)
-            predictions.append(predict(family, batch).cpu())
+    with family.exact():
+        for prompt in family.read(captions):
+            drawn = (torch.randn(shape, generator=generator) for _ in range(2))
+            for latents, noise, time in zip(*(part.split(1) for part in (*drawn, times)), strict=True):
+                batch = Batch(latents, noise, time, prompt, geometry, 0).map(partial(send, device=family.device))
+                predictions.append(predict(family, batch).cpu())
     return torch.cat(predictions)
 
 

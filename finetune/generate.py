@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from finetune.adapter import AdapterWeights
 from finetune.canvas import Frame, Size
+from finetune.detection import detect
 from finetune.errors import UserError
-from finetune.families.base import Source, detect, families
+from finetune.families.base import Source, families
 from finetune.files import read_shapes
 from finetune.formats import read
 from finetune.load import Adapter, load_adapters

@@ -33,7 +33,7 @@ TEXTS = {
     "transient": "what is dropped again at once: a layer's, a block's or the optimizer's",
     "step": "all of these, at the fullest moment of a step",
     "encoding": "while captions and pictures are encoded before the first step",
-    "drawing": "all parts, while pictures are drawn",
+    "drawing": "while prompts are encoded and pictures drawn",
     "run": "the most of these",
     "checkpoint": "on the disk: what is trained, its state and its average",
 }
@@ -108,7 +108,7 @@ def estimate(recipe: Recipe[Any], captions: Sequence[str] = ()) -> Memory:
         fullest, work["step"] = _step(trainer, batch, ledger, gpu)
         _look(family, batch.ends(0, 1), ledger, gpu, work, guided=recipe.validation.guidance > 1)
         if num_drawn := _num_drawn(recipe):
-            others["drawing"] = ledger.most(lambda: _draw(family, batch.latents[:1].expand(num_drawn, -1, -1, -1), gpu))
+            others["drawing"] = _draw(recipe, family, batch.latents[:1].expand(num_drawn, -1, -1, -1), ledger, gpu)
     weights = {name: fullest[name] for name in family.pipeline.components if name in fullest}
     # What frozen parts say is kept from before the first step, if it all finds room.
     resting = ("vae", *(() if recipe.method.trains_text else family.text_encoders))
@@ -218,7 +218,7 @@ def _encode(recipe: Recipe[Any], family: Family, caption: str, ledger: Ledger, w
     size = recipe.dataset.resolution
     pixels = torch.empty(pictures_at_once(size), 3, size, size, device="meta")
     texts = ledger.most(lambda: count("caption", lambda: family.encode_prompt(family.tokenize([caption])), 1))
-    gone = 0 if recipe.method.trains_text else sum(ledger.held[name] for name in family.text_encoders)
+    gone = _readers(recipe, family, ledger)
     pictures = ledger.most(lambda: count("picture", lambda: family.encode_image(pixels), 1 / len(pixels)))
     return max(texts, pictures - gone)
 
@@ -243,8 +243,15 @@ def _num_drawn(recipe: Recipe[Any]) -> int:
 
 
 @torch.no_grad()
-def _draw(family: Family, latents: torch.Tensor, gpu: LikeGpu) -> None:
-    """The latents become pixels, which is by far the fullest moment of drawing."""
-    vae = family.pipeline.vae
+def _draw(recipe: Recipe[Any], family: Family, latents: torch.Tensor, ledger: Ledger, gpu: LikeGpu) -> int:
+    """Bytes at its fullest moment: while new prompts are encoded, or while the latents become pixels."""
+    vae, tokens = family.pipeline.vae, family.tokenize([""] * len(latents))
     with gpu.autocast():
-        vae.decode(latents.to(vae.dtype))
+        texts = ledger.most(lambda: family.encode_prompt(tokens))
+        pictures = ledger.most(lambda: vae.decode(latents.to(vae.dtype)))
+    return max(texts, pictures - _readers(recipe, family, ledger))
+
+
+def _readers(recipe: Recipe[Any], family: Family, ledger: Ledger) -> int:
+    """Bytes of the text encoders that leave when all is read."""
+    return 0 if recipe.method.trains_text else sum(ledger.held[name] for name in family.text_encoders)

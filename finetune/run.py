@@ -190,6 +190,8 @@ class Run:
         """The loop, and how it ends where that is not the last step."""
         total = self.recipe.train.steps
         try:
+            with explained(self.recipe, "encoding the pictures", "else"), self.stop.breakable():
+                self.trainer.encode()
             if self.first == 0:
                 self.validate(trackers)
                 self._measure(trackers)
@@ -210,8 +212,6 @@ class Run:
             raise explanation from error
 
     def _steps(self, bar: tqdm[Any], trackers: Trackers | None) -> None:
-        with explained(self.recipe, "encoding the pictures", "else"), self.stop.breakable():
-            self.trainer.encode()
         reports = self.trainer.steps()
         while (report := self._next(reports)) is not None:
             bar.update()
@@ -348,7 +348,7 @@ class Run:
         step = self.trainer.step
         with (
             explained(self.recipe, f"the validation pictures of step {step}", "drawing"),
-            self.family.sampling(),
+            self.family.drawing(),
             self.accelerator.autocast(),
             self.stop.breakable(),
         ):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.detection import detect
 from finetune.errors import UserError
-from finetune.families.base import Family, Source, detect, families
+from finetune.families.base import Family, Source, families
 from finetune.files import read_shapes
 from finetune.recipe import Recipe, known_families
 

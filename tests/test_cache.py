@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import lessons
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from finetune import cache, run
 from finetune.families.base import Prompt
+from finetune.render import render
 
 RANDOM = {"crop": "random", "flip": True}
 
@@ -104,7 +106,7 @@ def refuse(*_: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_what_rests_is_there_when_pictures_are_drawn(base_folder: Any, tmp_path: Path):
+def test_what_rests_is_there_when_it_is_needed_for_pictures(base_folder: Any, tmp_path: Path):
     at_work = prepare(base_folder("stable_diffusion"), tmp_path)
     next(at_work.trainer.steps())
     moves = []
@@ -112,6 +114,30 @@ def test_what_rests_is_there_when_pictures_are_drawn(base_folder: Any, tmp_path:
         part = getattr(at_work.family.pipeline, name)
         part.to = lambda device, name=name: moves.append((name, str(device)))
     at_work.family.denoiser.to(torch.device("meta"))  # stands in for a GPU
+    read = [("text_encoder", "meta"), ("text_encoder", "cpu")]
+    with at_work.family.drawing():
+        assert moves == [("vae", "meta")]
+        for prompt in ("a thing", "a thing", "another"):
+            at_work.family.pipeline.encode_prompt(prompt, torch.device("cpu"), 1, False)
+    assert moves == [("vae", "meta"), *read, *read, ("vae", "cpu")]
     with at_work.family.sampling():
-        assert moves == [("text_encoder", "meta"), ("vae", "meta")]
-    assert moves[2:] == [("text_encoder", "cpu"), ("vae", "cpu")]
+        assert moves[6:] == [("text_encoder", "meta"), ("vae", "meta")]
+
+
+@pytest.mark.parametrize("family", tiny.BASES)
+def test_pictures_of_prompts_that_are_known_are_those_of_new_ones(family: str, base_folder: Any, tmp_path: Path):
+    at_work = prepare(base_folder(family), tmp_path)
+
+    def draw(seed: int) -> list[Any]:
+        with at_work.family.drawing():
+            prompts, given = ["a thing", "a red thing"], {"steps": 2, "guidance": 2.0, "size": tiny.SIZE}
+            return [np.array(each) for each in render(at_work.family.pipeline, prompts, [seed, 7], **given)]
+
+    expected = [draw(0), draw(1)]
+    at_work.trainer.encode()
+    calls = count_calls(at_work)
+    assert all(np.array_equal(*pair) for pair in zip(draw(0), expected[0], strict=True))
+    assert set(calls) == set(at_work.family.text_encoders)
+    calls.clear()
+    assert all(np.array_equal(*pair) for pair in zip(draw(1), expected[1], strict=True))
+    assert not calls

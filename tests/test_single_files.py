@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from finetune import run
 from finetune.adapter import AdapterWeights, Update
 from finetune.config import build
+from finetune.detection import detect
 from finetune.errors import UserError
 from finetune.extract import extract
-from finetune.families.base import Source, detect, families
+from finetune.families.base import Source, families
 from finetune.files import read_shapes
 from finetune.formats import write
 from finetune.generate import generate

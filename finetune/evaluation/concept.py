@@ -16,9 +16,10 @@ from PIL import Image
 from finetune.base import load_family
 from finetune.dataset import DatasetConfig, Picture, scan, split
 from finetune.dataset.pixels import decode
+from finetune.detection import detect
 from finetune.errors import UserError
 from finetune.evaluation.prompts import STYLE
-from finetune.families.base import Family, Source, detect, families
+from finetune.families.base import Family, Source, families
 from finetune.files import read_shapes
 from finetune.folder import RECIPE_FILE
 from finetune.generate import load_base

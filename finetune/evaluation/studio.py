@@ -119,7 +119,7 @@ def _draw(
         batch = shots[start : start + at_once]
         texts, seeds = [shot.prompt for shot in batch], [shot.seed for shot in batch]
         asked = {"steps": steps, "guidance": guidance, "size": frame.size, "batch_size": at_once}
-        with family.sampling():
+        with family.drawing():
             yield batch, render(family.pipeline, texts, seeds, **asked)
 
 

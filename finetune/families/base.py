@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -23,6 +23,7 @@ from finetune.files import read_shapes
 from finetune.fingerprint import fingerprint
 from finetune.objectives import Diffusion, Flow, Objective
 from finetune.placeholder import pool_at_the_end, spell
+from finetune.recall import recalled
 from finetune.registry import Registry
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Family(ABC):
         self.source = source
         self._computes: torch.dtype | None = None
         self.resting: tuple[str, ...] = ()  # parts that wait on the CPU
+        self.encoded: dict[str, Any] = {}  # prompts of pictures, as long as nothing learns to read
         for part in self.parts():
             part.requires_grad_(False).eval()
             _keep_all(part)
@@ -143,7 +145,7 @@ class Family(ABC):
         """The parts that a single file lacks, such as all but the denoiser, with the weights of its config."""
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-        names = tuple(_shapes(source))
+        names = tuple(shapes_in(source))
         keys = {**cls.word_keys, "vae": "vae"}
         held = {part for part, key in keys.items() if any(name.startswith(STORED.get(key, ())) for name in names)}
         lacking = [part for part in keys if part not in held]
@@ -221,13 +223,33 @@ class Family(ABC):
     def rest(self, names: Sequence[str]) -> None:
         """Keep more parts that no step needs off the device, but while pictures are drawn."""
         self.resting = (*self.resting, *names)
-        self._move(torch.device("cpu"))
-        if self.device.type == "cuda":
+        self._move(names, torch.device("cpu"))
+
+    def _move(self, names: Iterable[str], device: torch.device) -> None:
+        for name in names:
+            getattr(self.pipeline, name).to(device)
+        if self.device.type == "cuda" and device.type == "cpu":
             torch.cuda.empty_cache()
 
-    def _move(self, device: torch.device) -> None:
-        for name in self.resting:
-            getattr(self.pipeline, name).to(device)
+    @contextmanager
+    def _fetched(self, names: Sequence[str]) -> Iterator[None]:
+        """Parts that rest, on the device for a while."""
+        self._move(names, self.device)
+        try:
+            yield
+        finally:
+            self._move(names, torch.device("cpu"))
+
+    @contextmanager
+    def at_rest(self, names: Sequence[str]) -> Iterator[None]:
+        """`rest`, for a while."""
+        kept = self.resting
+        self.rest(names)
+        try:
+            yield
+        finally:
+            self.resting = kept
+            self._move(names, self.device)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Posterior:
@@ -240,6 +262,11 @@ class Family(ABC):
         vae.to(kept)
         shift, scale = vae.config.get("shift_factor") or 0.0, vae.config["scaling_factor"]
         return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
+
+    def read(self, captions: Sequence[str]) -> list[Prompt]:
+        """Each caption encoded by itself; text encoders that rest come for it."""
+        with self._fetched([name for name in self.resting if name in self.text_encoders]):
+            return [self.encode_prompt(self.tokenize([caption])) for caption in captions]
 
     def too_long(self, captions: Sequence[str]) -> list[str]:
         """Those whose end no text encoder reads."""
@@ -280,13 +307,22 @@ class Family(ABC):
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """`looking`, with all that pictures need on the device."""
-        with self.looking():
-            self._move(self.device)
-            try:
-                yield
-            finally:
-                self._move(torch.device("cpu"))
+        """`looking`, with all parts on the device."""
+        with self.looking(), self._fetched(self.resting):
+            yield
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """`looking`, with what a picture needs on the device; text encoders that rest come for new prompts alone."""
+        encoders = [name for name in self.resting if name in self.text_encoders]
+        others = [name for name in self.resting if name not in encoders]
+        at_hand = partial(self._fetched, encoders)
+        with (
+            self.looking(),
+            self._fetched(others),
+            recalled(self.pipeline, self.encoded, at_hand) if encoders else nullcontext(),
+        ):
+            yield
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -326,44 +362,7 @@ def snapshot(source: Source) -> Path:
     return Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
 
 
-def detect(source: Source) -> str:
-    """The family that a checkpoint belongs to, or what it is instead.
-
-    Raises:
-        UserError: there is none at the source.
-    """
-    kind = _single_file_kind(source) if source.is_single_file else _pipeline_class(source)
-    if source.is_single_file and source.config is not None:  # names and shapes in a file can fit several models
-        kind = _pipeline_class(Source(source.config))
-    for name in families.names():
-        if kind == families[name].pipeline_class or kind in families[name].single_files:
-            return name
-    return kind
-
-
-def _pipeline_class(source: Source) -> str:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    try:
-        config: Any = DiffusionPipeline.load_config(source.path, revision=source.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"base.source: {source.path} is no folder in diffusers' layout and cannot be had from the Hub "
-            f"({str(error).splitlines()[0]})"
-        ) from None
-    return config["_class_name"]
-
-
-def _single_file_kind(source: Source) -> str:
-    """What diffusers takes the file for, judged by its tensors' names and shapes alone."""
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-
-    return infer_diffusers_model_type(
-        {name: torch.empty(shape, device="meta") for name, shape in _shapes(source).items()}
-    )
-
-
-def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+def shapes_in(source: Source) -> dict[str, tuple[int, ...]]:
     """Those of a single file's tensors.
 
     Raises:
