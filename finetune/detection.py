@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 from finetune.families.base import Source, families, shapes_in
+from finetune.hub import meet
 
 
 def detect(source: Source) -> str:
@@ -29,11 +30,12 @@ def _pipeline_class(source: Source) -> str:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
+        meet(source.path, "model_index.json", source.revision)
         config: Any = DiffusionPipeline.load_config(source.path, revision=source.revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"base.source: {source.path} is no folder in diffusers' layout and cannot be had from the Hub "
-            f"({str(error).splitlines()[0]})"
+            f"({reason(error)})"
         ) from None
     return config["_class_name"]
 

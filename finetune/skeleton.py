@@ -13,6 +13,7 @@ from finetune.detection import detect
 from finetune.errors import UserError
 from finetune.families.base import Family, Source, families
 from finetune.files import read_shapes
+from finetune.hub import meet
 from finetune.recipe import Recipe, known_families
 
 CONFIGS = ["*.json", "*.txt", "*.model", "*.jinja"]  # what is downloaded of a model of the Hub
@@ -52,6 +53,7 @@ def _folder(source: Source) -> Path:
         return Path(path)
     from huggingface_hub import snapshot_download
 
+    meet(path, "model_index.json", revision)
     return Path(snapshot_download(path, revision=revision, allow_patterns=CONFIGS))
 
 

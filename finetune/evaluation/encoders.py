@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.errors import UserError, reason
+from finetune.hub import meet
 from finetune.quiet import quiet_loading
 
 EMBEDDED = Path(__file__).parent.parent.parent / "data" / "base" / "evaluation"
@@ -86,6 +87,7 @@ class Encoder:
 
         quiet_loading()
         try:
+            meet(name, "config.json")
             is_clip = AutoConfig.from_pretrained(name).model_type == "clip"
             model: Any = (CLIPModel if is_clip else AutoModel).from_pretrained(name, dtype=torch.float32)
             if not is_clip and model.main_input_name != "pixel_values":

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from finetune.canvas import Frame, Given, Margins, Picture, paste, read
 from finetune.errors import UserError
+from finetune.hub import meet
 from finetune.registry import Registry
 
 
@@ -198,6 +199,7 @@ def load_model(name: str, source: str, dtype: Any) -> Any:
             return companion(folder.name, folder.parent.parent).to(dtype)
         whole = not (folder / "config.json").is_file() and name == "editor"
         subfolder = "unet" if whole else None
+        meet(source, f"{subfolder}/config.json" if subfolder else "config.json")
         return AutoModel.from_pretrained(source, subfolder=subfolder, dtype=dtype, use_safetensors=True)
     except Exception as error:  # a broken folder fails in as many ways as it has files
         raise UserError(f"{option(name)}: {source} cannot be loaded: {' '.join(str(error).split())}") from error
