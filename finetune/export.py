@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.adapter import in_precision
-from finetune.batch import Batch, send
+from finetune.batch import Batch
 from finetune.families.base import Family
 from finetune.files import whole, write_tensors
 from finetune.lowrank import LowRank
@@ -80,7 +80,7 @@ def probe(family: Family, captions: Sequence[str], size: int) -> Tensor:
         for prompt in family.read(captions):
             drawn = (torch.randn(shape, generator=generator) for _ in range(2))
             for latents, noise, time in zip(*(part.split(1) for part in (*drawn, times)), strict=True):
-                batch = Batch(latents, noise, time, prompt, geometry, 0).map(partial(send, device=family.device))
+                batch = Batch(latents, noise, time, prompt, geometry, 0).map(partial(Tensor.to, device=family.device))
                 predictions.append(predict(family, batch).cpu())
     return torch.cat(predictions)
 

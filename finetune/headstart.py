@@ -98,7 +98,7 @@ def _wake() -> None:
     import torch
 
     with contextlib.suppress(RuntimeError):  # what is wrong with the GPU is said by the run itself
-        if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU"):
+        if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("false", "0", "no"):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             for dtype in (torch.bfloat16, torch.float32):
                 pixels = torch.zeros(1, 8, 8, 8, device=device, dtype=dtype, requires_grad=True)

@@ -56,7 +56,7 @@ def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, acceler
         )
 
     try:
-        with family.at_rest(list(family.text_encoders)), family.drawing(), bar:
+        with family.at_rest(list(family.text_encoders) if mine else []), family.drawing(), bar:
             request.make(cache_folder(), mine, make, recipe.validation.batch_size)
     except OSError as error:
         raise UserError(

@@ -49,7 +49,7 @@ class Sums:
                 if work is not None:
                     work.wait()
         finally:
-            self.is_last = False
+            self.is_last, self.sent = False, []  # they keep what was sent
 
     def _note(self, number: int) -> None:
         if not self.is_last:  # a part of a step that others are added to

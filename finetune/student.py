@@ -38,8 +38,7 @@ class Student(nn.Module):
     """What is trained, and nothing else.
 
     The family is kept out of sight, so `parameters()` is what the optimizer
-    sees, `state_dict()` what a checkpoint holds, and the wrapper that Accelerate
-    puts around `forward` what keeps processes in step. Whatever is trained is
+    sees and `state_dict()` what a checkpoint holds. Whatever is trained is
     float32, whatever the base's precision.
     """
 

@@ -38,6 +38,9 @@ def do_its_share(process: int, at_once: int, folder: Path):
         with sums.summed():
             net(inputs(2 * process + 1)).square().mean().backward()
     torch.save({name: each.grad for name, each in net.named_parameters()}, folder / f"{process}.pt")
+    whole = weakref.ref(net[0].weight.grad)
+    net.zero_grad()
+    assert whole() is None, "gradients stay until the next step"
     kept = weakref.ref(net[0].weight)
     del net, sums
     gc.collect()

@@ -14,6 +14,7 @@ from bitsandbytes import nn as bnb
 
 from finetune import run
 from finetune.errors import UserError
+from finetune.parts import move
 
 KINDS = {"nf4": (bnb.Linear4bit, torch.uint8), "int8": (bnb.Linear8bitLt, torch.int8)}
 WAYS = {
@@ -48,6 +49,26 @@ def test_every_family_learns_on_a_quantised_base(way: str, family: str, to: str,
     moved = {name for name, value in at_work.family.denoiser.named_parameters() if not torch.equal(value, before[name])}
     assert moved <= trained and len(moved) >= 0.9 * len(trained)
     assert at_work.finish().verdict.error < 0.005
+
+
+@pytest.mark.parametrize("has_read", [False, True])
+def test_a_text_encoder_in_8_bits_leaves_nothing_behind_where_it_was(has_read: bool, base_folder: Any, tmp_path: Path):
+    at_work = run.prepare(recipe(base_folder("flux"), tmp_path, "lora", "int8"))
+    encoder = at_work.family.pipeline.text_encoder_2
+    expected = at_work.family.read(["a thing"])[0].embeds if has_read else None
+    layers = [module for module in encoder.modules() if isinstance(module, bnb.Linear8bitLt)]
+
+    def to_elsewhere(_: torch.device) -> None:
+        for parameter in encoder.parameters():
+            parameter.data = parameter.data.clone()
+
+    encoder.to = to_elsewhere
+    move(encoder, torch.device("cpu"))
+    held = [each.CB for layer in layers for each in (layer.state, layer.weight) if each.CB is not None]
+    assert len(held) == len(layers)
+    assert {kept.data_ptr() for kept in held} == {layer.weight.data_ptr() for layer in layers}
+    found = at_work.family.read(["a thing"])[0].embeds
+    assert expected is None or torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("to", KINDS)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from finetune.exact import in_float32
 from finetune.files import read_shapes
 from finetune.fingerprint import fingerprint
 from finetune.objectives import Diffusion, Flow, Objective
+from finetune.parts import keep_all, move
 from finetune.placeholder import pool_at_the_end, spell
 from finetune.recall import recalled
 from finetune.registry import Registry
@@ -117,7 +118,7 @@ class Family(ABC):
         self.encoded: dict[str, Any] = {}  # prompts of pictures, as long as nothing learns to read
         for part in self.parts():
             part.requires_grad_(False).eval()
-            _keep_all(part)
+            keep_all(part)
         pool_at_the_end(pipeline)
 
     @classmethod
@@ -221,14 +222,14 @@ class Family(ABC):
         self.pipeline.vae.use_slicing = device.type == "cuda"
 
     def rest(self, names: Sequence[str]) -> None:
-        """Keep more parts that no step needs off the device, but while pictures are drawn."""
+        """Keep more parts that no step needs off the device, but while they are needed for something else."""
         self.resting = (*self.resting, *names)
         self._move(names, torch.device("cpu"))
 
-    def _move(self, names: Iterable[str], device: torch.device) -> None:
+    def _move(self, names: Sequence[str], device: torch.device) -> None:
         for name in names:
-            getattr(self.pipeline, name).to(device)
-        if self.device.type == "cuda" and device.type == "cpu":
+            move(getattr(self.pipeline, name), device)
+        if names and self.device.type == "cuda" and device.type == "cpu":
             torch.cuda.empty_cache()
 
     @contextmanager
@@ -380,15 +381,6 @@ def shapes_in(source: Source) -> dict[str, tuple[int, ...]]:
             "which diffusers does not unpack. Use the file in 16 bits; base.quantize packs what does not fit."
         )
     return shapes
-
-
-def _keep_all(part: nn.Module) -> None:
-    """Drop nothing while it trains: T5 would a tenth, which its own pretraining did not (2002.05202)."""
-    for module in cast(Any, part).modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(vars(module).get("dropout"), float):  # of attention
-            module.dropout = 0.0
 
 
 families: Registry[Family] = Registry("model family", "finetune.families")
