@@ -38,7 +38,7 @@ def unused(recipe: Recipe[Any]) -> list[str]:
     Of bitsandbytes that saves a fifth of all imports, as it brings a compiler.
     """
     optimizer = OPTIMIZERS.get(recipe.train.optimizer, recipe.train.optimizer)
-    packs = recipe.base.quantize is not None or not optimizer.startswith(("torch.optim.", "prodigyopt."))
+    packs = recipe.base.quantize in ("nf4", "int8") or not optimizer.startswith(("torch.optim.", "prodigyopt."))
     return ["sklearn"] if packs else ["sklearn", "bitsandbytes"]
 
 

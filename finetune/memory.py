@@ -23,7 +23,11 @@ from finetune.rehearsal import Ledger, LikeGpu, Work, go_back, recompute_alike
 from finetune.skeleton import build
 from finetune.trainer import Trainer
 
-BITS = {"nf4": 4.127, "int8": 8.0}  # of a packed weight; nf4's scales are packed as well (2305.14314, section 3)
+BITS = {
+    "nf4": 4.127,
+    "int8": 8.0,
+    "fp8": 8.0,
+}  # of a packed weight; nf4's scales are packed as well (2305.14314, section 3)
 TEXTS = {
     "trained": "the weights that are trained, in float32",
     "optimizer": "its state",

@@ -1,22 +1,24 @@
-"""A frozen base in 4 or 8 bits, through which adapters still learn (QLoRA, 2305.14314), by bitsandbytes."""
+"""A frozen base in 4 or 8 bits, through which adapters still learn (QLoRA, 2305.14314)."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
 from finetune.families.base import Family
+from finetune.float8 import Float8Linear
 
 REPEATED = re.compile(r"\.\d+\.")  # within the blocks; what leads in and out of them is small, and errs for all
 
 
 def quantize(family: Family, to: str) -> None:
-    """Give the denoiser and the large text encoders linear layers that are quantised when they are moved.
+    """Give the denoiser and the large text encoders linear layers that are quantised, at once or when they are moved.
 
     Args:
-        to: nf4 (4.1 bits a weight) or int8.
+        to: nf4 (4.1 bits a weight) or int8, by bitsandbytes; or fp8.
     """
     for name in (family.denoiser_name, *family.heavy):
         model = getattr(family.pipeline, name)
@@ -37,6 +39,8 @@ def layers(model: nn.Module) -> list[str]:
 
 
 def _quantized(layer: Any, to: str, dtype: Any) -> nn.Module:
+    if to == "fp8":
+        return Float8Linear(layer.cuda() if torch.cuda.is_available() else layer, dtype)
     import bitsandbytes.nn
 
     bnb: Any = bitsandbytes.nn

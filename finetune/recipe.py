@@ -37,7 +37,7 @@ class BaseConfig(Section):
     """How it is built; `auto` reads it from the checkpoint."""
     dtype: Literal["float32", "float16", "bfloat16", "auto"] = "auto"
     """Precision of what stays frozen; `auto` is that of train.precision."""
-    quantize: Literal["nf4", "int8"] | None = None
+    quantize: Literal["nf4", "int8", "fp8"] | None = None
     """Keep the denoiser and T5-sized text encoders in 4 or 8 bits a weight, for less memory."""
 
     @model_validator(mode="after")

@@ -82,6 +82,8 @@ def savings(recipe: Recipe[Any]) -> Iterator[tuple[str, Any]]:
     if train.optimizer == "adamw":
         yield "train.optimizer", "adamw_8bit"
     if recipe.base.quantize is None and recipe.method.takes_quantized:
+        yield "base.quantize", "fp8"
+    if recipe.base.quantize in (None, "fp8") and recipe.method.takes_quantized:
         yield "base.quantize", "nf4"
 
 
@@ -102,7 +104,7 @@ def _while_training(recipe: Recipe[Any]) -> tuple[list[str], list[str]]:
 
 
 def _smaller(recipe: Recipe[Any]) -> list[str]:
-    found = _told(recipe, {"base.quantize": "(the frozen weights in 4 bits)"})
+    found = _told(recipe, {"base.quantize": "(the frozen weights in 8 bits, or in 4)"})
     lower = recipe.dataset.resolution * 3 // 4 // STEPS_OF_RESOLUTION * STEPS_OF_RESOLUTION
     if lower:
         found.append(f"dataset.resolution={lower} (about half of the activations)")

@@ -72,7 +72,8 @@ MAY_IMPORT = {
     "tasks": {"canvas", "companions", "edges", "hub", "registry"},
     "render": {"placeholder", "replay"},
     "generate": {"adapter", "canvas", "detection", "families", "files", "formats", "load", "render", "tasks"},
-    "quantize": {"families"},
+    "float8": set(),
+    "quantize": {"families", "float8"},
     "schedule": {"config", "student"},
     "methods": {
         "batch",

@@ -468,7 +468,7 @@ def test_memory_that_runs_out_in_a_step_is_told_with_the_settings_that_need_less
     assert_one(victim.lines, "error: step 2: the computer is out of memory", "ried to allocate")
     same = ("train.accumulate=2, up to 4", "train.gradient_checkpointing=true", "after --resume")
     assert_one(victim.lines, "error: Cheapest first", *same)
-    other = ("train.precision=bf16", "train.optimizer=adamw_8bit", "base.quantize=nf4")
+    other = ("train.precision=bf16", "train.optimizer=adamw_8bit", "base.quantize=fp8, up to nf4")
     assert_one(victim.lines, "error: Then these, for a new run", *other)
     assert_one(victim.lines, "error: step 1 is kept")
     assert checkpoints(folder) == [1]

@@ -77,6 +77,7 @@ def test_garbage_is_looked_for_again_where_an_import_fails():
 PACKING = {
     "none": ([], False),
     "base": (["base.quantize=nf4"], True),
+    "base_without_it": (["base.quantize=fp8"], False),
     "optimizer": (["train.optimizer=adamw_8bit"], True),
     "of_someone": (["train.optimizer=someone.optim.Adam"], True),
     "of_torch": (["train.optimizer=torch.optim.SGD"], False),

@@ -307,7 +307,7 @@ def test_a_whole_denoiser_is_trained_in_float32_beside_its_base(toy: Any):
     assert memory.weights["unet"] == 0  # it waits on the CPU
 
 
-@pytest.mark.parametrize(("quantize", "bits"), [("nf4", 4.127), ("int8", 8)])
+@pytest.mark.parametrize(("quantize", "bits"), [("nf4", 4.127), ("int8", 8), ("fp8", 8)])
 def test_packed_weights_take_their_bits(quantize: str, bits: float, toy: Any, base_folder: Any):
     settings = {"train": {"precision": "bf16"}, "base": {"source": str(base_folder("flux"))}}
     plain = toy("flux", **settings)

@@ -14,9 +14,14 @@ from bitsandbytes import nn as bnb
 
 from finetune import run
 from finetune.errors import UserError
+from finetune.float8 import Float8Linear
 from finetune.parts import move
 
-KINDS = {"nf4": (bnb.Linear4bit, torch.uint8), "int8": (bnb.Linear8bitLt, torch.int8)}
+KINDS = {
+    "nf4": (bnb.Linear4bit, torch.uint8),
+    "int8": (bnb.Linear8bitLt, torch.int8),
+    "fp8": (Float8Linear, torch.uint8),
+}
 WAYS = {
     "lora": ("lora", {"rank": 2}),
     "dora": ("lora", {"rank": 2, "variant": "dora"}),
@@ -77,7 +82,7 @@ def test_a_quantised_base_predicts_about_what_the_base_does(to: str, base_folder
     plain = at_work.recipe.model_copy(update={"base": at_work.recipe.base.model_copy(update={"quantize": None})})
     expected, found = at_work.probe(run.load_family(plain)), at_work.probe(at_work.family)
     error = float((found - expected).norm() / expected.norm())
-    assert 0 < error < {"nf4": 0.1, "int8": 0.02}[to]
+    assert 0 < error < {"nf4": 0.1, "int8": 0.02, "fp8": 0.04}[to]
 
 
 def test_the_comparison_knows_no_rounding_of_activations(
@@ -110,3 +115,27 @@ def test_what_changes_or_reads_the_weights_themselves_is_refused(
 ):
     with pytest.raises(UserError, match=r"base\.quantize: the method needs the base's weights as they are"):
         lessons.recipe(base_folder("stable_diffusion"), tmp_path, method, settings, base={"quantize": "nf4"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_layer_in_8_bit_floating_point_errs_by_at_most_a_sixteenth_of_each_weight(dtype: torch.dtype):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 48, dtype=dtype)
+    plain.weight.data[3] *= 1e-3  # a scale of its own for each output
+    plain.weight.data[4] = 0
+    packed = Float8Linear(plain, dtype)
+    weight, expected = packed.dequantize().float(), plain.weight.float()
+    least = expected.abs().amax(1, keepdim=True) / 448 * 2**-9  # at most half of what is the least but 0
+    assert ((weight - expected).abs() <= expected.abs() / 16 + least).all()
+    x = torch.randn(2, 5, 64, dtype=dtype, requires_grad=True)
+    packed(x).sum().backward()
+    given = torch.nn.functional.linear(x.detach(), packed.dequantize(), plain.bias)
+    torch.testing.assert_close(packed(x), given)
+    torch.testing.assert_close(x.grad, packed.dequantize().sum(0).expand(2, 5, 64), rtol=1e-2, atol=1e-2)
+
+
+def test_a_layer_in_8_bit_floating_point_keeps_nothing_wider_for_the_way_back():
+    packed, kept = Float8Linear(torch.nn.Linear(64, 48), torch.float32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part) or part, lambda part: part):
+        packed(torch.randn(1, 64, requires_grad=True))
+    assert {part.dtype for part in kept if part.numel() >= 64 * 48} == {torch.uint8}
