@@ -84,7 +84,7 @@ class Delivery:
 
     def compare(self, files: Sequence[Path], after: Tensor) -> Verdict:
         """The model as it was after training with a fresh pipeline, before and after that loads the files."""
-        device = self.trainer.accelerator.device
+        device, self.trainer.work = self.trainer.accelerator.device, None  # a recorded step keeps memory of its own
         if not _has_room_for_another(self.family):
             self.family.to(torch.device("cpu"))
         with explained(self.recipe, "comparing the export", "else"):

@@ -18,7 +18,7 @@ LEAST = 2.0**-24  # that float16 knows
 
 
 class Float8Linear(nn.Linear):
-    """A layer's weight as bytes: of a weight that floats, peft would take the precision for its adapter's.
+    """A layer whose weight is bytes, which nothing takes for numbers of its own precision.
 
     Args:
         layer: what it stands for.

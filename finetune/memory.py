@@ -127,7 +127,13 @@ def _book_weights(recipe: Recipe[Any], family: Family, ledger: Ledger) -> None:
             ledger.book([*part.parameters(), *part.buffers()], name)
             if recipe.base.quantize is not None and name in (family.denoiser_name, *family.heavy):
                 packed = [part.get_parameter(f"{layer}.weight") for layer in layers(part)]
+                for layer in layers(part):
+                    part.get_submodule(layer).__class__ = _Packed
                 ledger.book(packed, name, BITS[recipe.base.quantize] / 8 / packed[0].itemsize)
+
+
+class _Packed(nn.Linear):
+    """A layer that is not fused with its adapter, as none that is packed is."""
 
 
 class _Alone:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
 from torch import nn
 
 from finetune.families.base import Family
@@ -40,7 +39,7 @@ def layers(model: nn.Module) -> list[str]:
 
 def _quantized(layer: Any, to: str, dtype: Any) -> nn.Module:
     if to == "fp8":
-        return Float8Linear(layer.cuda() if torch.cuda.is_available() else layer, dtype)
+        return Float8Linear(layer, dtype)
     import bitsandbytes.nn
 
     bnb: Any = bitsandbytes.nn

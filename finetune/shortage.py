@@ -104,7 +104,7 @@ def _while_training(recipe: Recipe[Any]) -> tuple[list[str], list[str]]:
 
 
 def _smaller(recipe: Recipe[Any]) -> list[str]:
-    found = _told(recipe, {"base.quantize": "(the frozen weights in 8 bits, or in 4)"})
+    found = _told(recipe, {"base.quantize": "(the frozen weights in fewer bits)"})
     lower = recipe.dataset.resolution * 3 // 4 // STEPS_OF_RESOLUTION * STEPS_OF_RESOLUTION
     if lower:
         found.append(f"dataset.resolution={lower} (about half of the activations)")

@@ -217,6 +217,8 @@ class Family(ABC):
     def to(self, device: torch.device) -> None:
         self.resting = ()
         self.pipeline.to(device)
+        for part in self.parts():
+            move(part, device)
         self.objective = self.objective.to(device)
         # Picture by picture the VAE needs a fraction of the memory, and half of the speed on a CPU.
         self.pipeline.vae.use_slicing = device.type == "cuda"
