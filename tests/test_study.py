@@ -121,7 +121,7 @@ def test_a_study_that_is_broken_off_keeps_what_is_done(write: Any, number: int, 
         children = Path(f"/proc/{study.pid}/task/{study.pid}/children").read_text().split()
         [worker] = [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
         os.kill(int(worker), number)
-    _, said = study.communicate(timeout=60)
+    _, said = study.communicate(timeout=240)
     assert study.returncode == status and told in said and "Traceback" not in said
     assert 0 < len(rows_of(path)) < 16 and path.with_suffix(".md").exists()
 
