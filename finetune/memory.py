@@ -126,9 +126,10 @@ def _book_weights(recipe: Recipe[Any], family: Family, ledger: Ledger) -> None:
         if isinstance(part, nn.Module):
             ledger.book([*part.parameters(), *part.buffers()], name)
             if recipe.base.quantize is not None and name in (family.denoiser_name, *family.heavy):
-                packed = [part.get_parameter(f"{layer}.weight") for layer in layers(part)]
-                for layer in layers(part):
-                    part.get_submodule(layer).__class__ = _Packed
+                found: list[Any] = [part.get_submodule(layer) for layer in layers(part)]
+                for layer in found:
+                    layer.__class__ = _Packed
+                packed = [layer.weight for layer in found]
                 ledger.book(packed, name, BITS[recipe.base.quantize] / 8 / packed[0].itemsize)
 
 

@@ -54,8 +54,8 @@ class Sums:
     def _note(self, number: int) -> None:
         if not self.is_last:  # a part of a step that others are added to
             return
-        self.arrived[number] = None
         if not self.buckets:
+            self.arrived[number] = None
             return
         self.missing[self.place[number]] -= 1
         while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 @contextmanager
@@ -41,8 +41,4 @@ def recalled(
 
 
 def _all_to(device: torch.device | str, answer: Any) -> Any:
-    return tree_map(partial(_to, device), answer)
-
-
-def _to(device: torch.device | str, value: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+    return tree_map_only(Tensor, partial(Tensor.to, device=device), answer)

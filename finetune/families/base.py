@@ -216,7 +216,6 @@ class Family(ABC):
 
     def to(self, device: torch.device) -> None:
         self.resting = ()
-        self.pipeline.to(device)
         for part in self.parts():
             move(part, device)
         self.objective = self.objective.to(device)
