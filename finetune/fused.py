@@ -9,7 +9,7 @@ Shapes: k layers, one below another; N rows, n inputs, m outputs of each, r the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,72 +19,82 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finetune.packed import Packed, computes, unpacked_together
+
 HALF = {torch.float16, torch.bfloat16}
 # Layers of an attention by the names of diffusers and transformers; all but the first of them read the text of a cross
 # attention.
 READERS = [("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj")]
 # Where kernels are many and small. A CPU gains nothing from fewer of them; what is on meta stands for a GPU.
 TOGETHER = ("cuda", "meta")
+Frozen = Callable[[torch.dtype], Tensor]  # weights that are not trained, in a precision: (km, n)
 
 
 class LowRankLinear(torch.autograd.Function):
     """`x W^T + b + s (x A^T) B^T` of k layers that read the same x, with gradients for x, A and B alone.
 
-    Everything is computed in the precision of autocast, or of x without it; A and B are
-    float32, and so are their gradients.
+    A and B are float32, and so are their gradients.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cast: Sequence[Tensor], *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        frozen: Frozen,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        scale: float,
+        cast: Sequence[Tensor],
+        *factors: Tensor,
     ) -> tuple[Tensor, ...]:
         """(..., n) to k times (..., m).
 
         Args:
-            weight, bias: (km, n) and (km,).
+            frozen, bias: W (km, n) and b (km,).
+            dtype: what is computed in.
             cast: A (kr, n) and B (km, r) in the precision of the base, where they are known.
             factors: A (r, n) of each layer, then B (m, r) of each.
         """
-        dtype, count = _precision(x, weight), len(factors) // 2
+        count = len(factors) // 2
         plain = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
         with plain:
             if not cast or cast[0].dtype != dtype:
                 cast = [_below(factors[:count]), _below(factors[count:])]
-            rows, frozen, down, up = (part.to(dtype) for part in (x.reshape(-1, x.shape[-1]), weight, *cast))
+            rows, down, up = (part.to(dtype) for part in (x.reshape(-1, x.shape[-1]), *cast))
             inner = rows @ down.T
-            result = nn.functional.linear(rows, frozen, None if bias is None else bias.to(dtype))
+            result = nn.functional.linear(rows, frozen(dtype), None if bias is None else bias.to(dtype))
             _add_product(_apart(result, count), _apart(inner, count), _each(up, count).mT, scale)
-        ctx.save_for_backward(rows, inner, weight, down, up)
-        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
+        ctx.save_for_backward(rows, inner, down, up)
+        ctx.frozen, ctx.scale, ctx.shape, ctx.dtype = frozen, scale, x.shape, x.dtype
         ctx.set_materialize_grads(False)  # to know the layers whose answer nobody took
-        answers = result.view(*x.shape[:-1], len(weight))
-        return (answers,) if count == 1 else answers.split(len(weight) // count, dim=-1)
+        answers = result.view(*x.shape[:-1], -1)
+        return (answers,) if count == 1 else answers.split(answers.shape[-1] // count, dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, inner, weight, down, up = ctx.saved_tensors
+        rows, inner, down, up = ctx.saved_tensors
         count, used = len(gradients), [each is not None for each in gradients]
-        shape = len(rows), len(weight) // count
+        shape = len(rows), len(up) // count
         parts = [rows.new_zeros(shape) if each is None else each.reshape(shape) for each in gradients]
         gradient = (parts[0] if count == 1 else torch.cat(parts, dim=1)).to(rows.dtype)
         apart, back = _apart(gradient, count), torch.empty_like(inner)
         _add_product(_apart(back, count), apart, _each(up, count), ctx.scale, beta=0)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (gradient @ weight.to(rows.dtype)).addmm_(back, down).view(ctx.shape).to(ctx.dtype)
+            to_x = (gradient @ ctx.frozen(rows.dtype)).addmm_(back, down).view(ctx.shape).to(ctx.dtype)
         to_downs = _product(back.T, rows).chunk(count)
         to_ups = _product(apart.mT, _apart(inner if ctx.scale == 1 else inner * ctx.scale, count))
         to_factors = *to_downs, *(to_ups.unbind() if count > 1 else [to_ups])
         to_factors = [each if its else None for each, its in zip(to_factors, 2 * used, strict=True)]
-        return to_x, None, None, None, None, *to_factors
+        return to_x, None, None, None, None, None, *to_factors
 
 
-def _precision(x: Tensor, weight: Tensor) -> torch.dtype:
+def _precision(x: Tensor, base: nn.Linear) -> torch.dtype:
     """That of autocast, or of x without it."""
     kind = x.device.type
     if x.is_meta:  # where autocast is unknown; its precision is then that of the base
-        return weight.dtype
+        return computes(base)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
@@ -128,11 +138,14 @@ class FusedLinear(lora.Linear):
         active = self.active_adapters
         if self.disable_adapters or self.merged or args or kwargs or len(active) != 1:
             return super().forward(x, *args, **kwargs)
-        base, name = self.base_layer, active[0]
+        base: Any = self.base_layer
+        name = active[0]
         if self.siblings is not None and (found := self.siblings.answer(x, base, name)) is not None:
             return found
         factors = self.lora_A[name].weight, self.lora_B[name].weight
-        return LowRankLinear.apply(x, base.weight, base.bias, self.scaling[name], self.cast, *factors)[0]
+        frozen = base.unpacked if isinstance(base, Packed) else base.weight.to
+        dtype = _precision(x, base)
+        return LowRankLinear.apply(x, frozen, base.bias, dtype, self.scaling[name], self.cast, *factors)[0]
 
 
 class Siblings:
@@ -163,10 +176,11 @@ class Siblings:
     def answer(self, x: Tensor, base: nn.Module, name: str) -> Tensor | None:
         """(..., n) to (..., m): the answer of the layer around `base`; None where they cannot be one operation."""
         version = None if x.is_inference() else x._version
-        asked = name, version, torch.is_grad_enabled(), _precision(x, self.bases[0].weight)
+        dtype = _precision(x, self.bases[0])
+        asked = name, version, torch.is_grad_enabled(), dtype
         if self.given is not x or self.asked != asked or base not in self.answers:
             self.forget()
-            if not (answers := self._answers(x, name)):
+            if not (answers := self._answers(x, name, dtype)):
                 return None
             self.given, self.asked, self.answers = x, asked, answers
         found = self.answers.pop(base, None)
@@ -174,29 +188,31 @@ class Siblings:
             self.forget()
         return found
 
-    def _answers(self, x: Tensor, name: str) -> dict[nn.Module, Tensor]:
+    def _answers(self, x: Tensor, name: str, dtype: torch.dtype) -> dict[nn.Module, Tensor]:
         if x.device.type not in self.together or not all(name in factors for factors in self.downs):
             return {}
         bases = self.bases
-        weight = one([base.weight for base in bases])
+        frozen = _frozen(bases)
         bias = None if bases[0].bias is None else one([base.bias for base in bases])
-        if weight is None or (bias is None) != (bases[0].bias is None) or weight.device != x.device:
+        if frozen is None or (bias is None) != (bases[0].bias is None) or bases[0].weight.device != x.device:
             return {}
         factors = [each[name].weight for each in (*self.downs, *self.ups)]
         alike = {(len(factor), scaling[name]) for factor, scaling in zip(factors, self.scalings, strict=False)}
         if len(alike) > 1:
             return {}
-        found = LowRankLinear.apply(x, weight, bias, self.scalings[0][name], self.cast, *factors)
+        found = LowRankLinear.apply(x, frozen, bias, dtype, self.scalings[0][name], self.cast, *factors)
         return dict(zip(bases, found, strict=True))
 
     @torch.inference_mode(False)
     def lie_together(self) -> None:
-        """Lay the frozen weights one after another; whoever moves a model takes them apart.
+        """Lay the frozen weights that are not packed one after another; whoever moves a model takes them apart.
 
         A graph that is being recorded would remember where they are in memory of its own.
         """
         for kind in ("weight", "bias"):
             parts: list[Any] = [getattr(base, kind) for base in self.bases]
+            if kind == "weight" and isinstance(self.bases[0], Packed):
+                continue
             if any(part is None or part.is_meta or part.device.type not in self.together for part in parts):
                 continue
             alike = len({(part.shape, part.dtype, part.device) for part in parts}) == 1
@@ -205,6 +221,13 @@ class Siblings:
                 whole = torch.cat([part.data for part in parts])
                 for part, its in zip(parts, whole.split(len(parts[0])), strict=True):
                     part.data = its
+
+
+def _frozen(bases: Sequence[Any]) -> Frozen | None:
+    if all(isinstance(base, Packed) for base in bases):
+        return partial(unpacked_together, bases)
+    weight = one([base.weight for base in bases])
+    return None if weight is None else weight.to
 
 
 def one(parts: Sequence[Tensor]) -> Tensor | None:
@@ -231,7 +254,7 @@ def fuse(model: nn.Module, together: Collection[str] = TOGETHER) -> None:
     """
     layers: list[Any] = list(model.modules())
     for layer in layers:
-        plain = type(layer) is lora.Linear and type(layer.get_base_layer()) is nn.Linear and not layer.lora_variant
+        plain = type(layer) is lora.Linear and _is_known(layer.get_base_layer()) and not layer.lora_variant
         if plain and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values()):
             layer.__class__ = FusedLinear
     groups = [group for parent in layers for group in _readers(parent)]
@@ -244,6 +267,10 @@ def fuse(model: nn.Module, together: Collection[str] = TOGETHER) -> None:
     model.register_forward_hook(partial(_drop, groups), always_call=True)
 
 
+def _is_known(base: nn.Module) -> bool:
+    return type(base) is nn.Linear or isinstance(base, Packed)
+
+
 def _readers(parent: nn.Module) -> Iterator[list[FusedLinear]]:
     """Layers of an attention that read the same input and are of one shape."""
     for names in READERS:
@@ -251,9 +278,9 @@ def _readers(parent: nn.Module) -> Iterator[list[FusedLinear]]:
         for name in names[1 if getattr(parent, "is_cross_attention", False) else 0 :]:
             layer: Any = getattr(parent, name, None)
             if isinstance(layer, FusedLinear):
-                base = layer.base_layer
-                kind = base.weight.shape, base.weight.dtype, base.bias is None, *layer.r.items(), *layer.scaling.items()
-                alike.setdefault(kind, []).append(layer)
+                base: Any = layer.base_layer
+                shape = type(base), base.in_features, base.out_features, base.bias is None, computes(base)
+                alike.setdefault((*shape, *layer.r.items(), *layer.scaling.items()), []).append(layer)
         yield from (layers for layers in alike.values() if len(layers) > 1)
 
 
@@ -264,9 +291,9 @@ def _prepare(groups: Sequence[Sequence[FusedLinear]], together: Collection[str],
         if (siblings := layers[0].siblings) is not None:
             siblings.forget()
             siblings.lie_together()
-    weight = groups[0][0].weight if groups else None
-    if weight is not None and weight.dtype in HALF and weight.device.type in {"cuda", *together} - {"meta"}:
-        _cast(groups, weight.dtype)
+    base: Any = groups[0][0].base_layer if groups else None
+    if base is not None and computes(base) in HALF and base.weight.device.type in {"cuda", *together} - {"meta"}:
+        _cast(groups, computes(base))
 
 
 def _cast(groups: Sequence[Sequence[FusedLinear]], dtype: torch.dtype) -> None:

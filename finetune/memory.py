@@ -17,6 +17,7 @@ from torch import nn
 from finetune.batch import Batch, pictures_at_once
 from finetune.dataset import Pictures
 from finetune.families.base import Family, Prompt
+from finetune.packed import Packed
 from finetune.quantize import layers
 from finetune.recipe import Recipe
 from finetune.rehearsal import Ledger, LikeGpu, Work, go_back, recompute_alike
@@ -128,13 +129,23 @@ def _book_weights(recipe: Recipe[Any], family: Family, ledger: Ledger) -> None:
             if recipe.base.quantize is not None and name in (family.denoiser_name, *family.heavy):
                 found: list[Any] = [part.get_submodule(layer) for layer in layers(part)]
                 for layer in found:
-                    layer.__class__ = _Packed
+                    layer.__class__, layer.compute_dtype = _KINDS[recipe.base.quantize], family.dtype
                 packed = [layer.weight for layer in found]
                 ledger.book(packed, name, BITS[recipe.base.quantize] / 8 / packed[0].itemsize)
 
 
-class _Packed(nn.Linear):
-    """A layer that is not fused with its adapter, as none that is packed is."""
+class _Unpacking(Packed):
+    """A layer whose weight is there twice while it is at work."""
+
+    def unpacked(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.weight.new_empty(self.weight.shape, dtype=dtype) if out is None else out
+
+
+class _Apart(nn.Linear):
+    """A layer that is not fused with its adapter."""
+
+
+_KINDS = {"nf4": _Unpacking, "fp8": _Unpacking, "int8": _Apart}
 
 
 class _Alone:

@@ -14,7 +14,7 @@ REPEATED = re.compile(r"\.\d+\.")  # within the blocks; what leads in and out of
 
 
 def quantize(family: Family, to: str) -> None:
-    """Give the denoiser and the large text encoders linear layers that are quantised, at once or when they are moved.
+    """Give the denoiser and the large text encoders linear layers that are quantised when they are moved.
 
     Args:
         to: nf4 (4.1 bits a weight) or int8, by bitsandbytes; or fp8.
@@ -42,14 +42,13 @@ def _quantized(layer: Any, to: str, dtype: Any) -> nn.Module:
         return Float8Linear(layer, dtype)
     import bitsandbytes.nn
 
+    from finetune.nf4 import Linear4bit
+
+    if to == "nf4":
+        return Linear4bit(layer, dtype)
     bnb: Any = bitsandbytes.nn
     shape = layer.in_features, layer.out_features, layer.bias is not None
-    if to == "nf4":
-        quantized = bnb.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4", device="meta")
-        quantized.weight = bnb.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=quantized)
-        quantized.support_avx512bf16_for_cpu = False  # repacks the weight in place, and then nothing learns through it
-    else:
-        quantized = bnb.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0, device="meta")
-        quantized.weight = bnb.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    quantized = bnb.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0, device="meta")
+    quantized.weight = bnb.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     quantized.bias = layer.bias
     return quantized.train(layer.training)

@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from finetune import run
+from finetune.float8 import Float8Linear
 from finetune.fused import TOGETHER, FusedLinear, fuse, one
+from finetune.nf4 import Linear4bit
 
 
 class Net(nn.Module):
@@ -105,6 +107,18 @@ def test_without_its_adapter_a_layer_is_what_it_was():
         layer.enable_adapters(False)
     plain = nn.functional.linear(x, net.first.base_layer.weight, net.first.base_layer.bias)
     torch.testing.assert_close(twin(x), nn.functional.linear(torch.tanh(plain), net.second.base_layer.weight))
+
+
+@pytest.mark.parametrize("kind", [Float8Linear, Linear4bit], ids=["fp8", "nf4"])
+def test_with_a_packed_base_the_output_and_the_gradients_are_those_of_peft(kind: Any):
+    net = adapted()
+    for layer in (net.first, net.second):
+        layer.base_layer = kind(layer.base_layer, torch.float32).cpu()
+    twin, x = fused_copy(net), torch.randn(2, 3, 32)
+    (expected, wanted), (output, found) = learnt(net, x), learnt(twin, x)
+    torch.testing.assert_close(output, expected)
+    assert wanted.keys() == found.keys() and len(found) == 5
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-4)
 
 
 def test_what_is_not_a_plain_update_is_left_to_peft():
@@ -228,6 +242,25 @@ def test_layers_that_read_the_same_say_and_learn_together_what_they_do_one_by_on
     wanted, found = lesson(apart), lesson(together)
     assert len(wanted) > 20
     same(found, wanted)
+
+
+@pytest.mark.parametrize("kind", [Float8Linear, Linear4bit], ids=["fp8", "nf4"])
+@pytest.mark.parametrize("make", [unet, flux])
+def test_packed_layers_that_read_the_same_are_one_operation_too(make: Callable[[], Any], kind: Any):
+    model, counts = updated(make()), []
+    for layer in list(model.modules()):
+        if hasattr(layer, "lora_A"):
+            layer.base_layer = kind(layer.base_layer, torch.float32).cpu()
+    apart, together = pair(model)
+    wanted, found = (lesson(each) for each in (apart, together))
+    same(found, wanted)
+    for each in (apart, together):
+        with Count() as count:
+            lesson(each)
+        counts.append(count.products)
+    assert counts[1] < counts[0]
+    held = [layer.base_layer.weight for layer in together.modules() if hasattr(layer, "lora_A")]
+    assert len({weight.untyped_storage().data_ptr() for weight in held}) == len(held)  # and stay where they are
 
 
 def test_a_cross_attention_reads_the_text_with_its_keys_and_values_alone():

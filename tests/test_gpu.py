@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from finetune import run
+from finetune.exact import in_float32
 from finetune.families.flux import Flux
+from finetune.float8 import Float8Linear
 from finetune.gpu import INTERPRETED, make_ready
 
 if not torch.cuda.is_available() and not INTERPRETED:
@@ -27,6 +29,8 @@ from finetune.gpu.group_norm import group_norm
 from finetune.gpu.layer_norm import add_and_normalise
 from finetune.gpu.residual import add
 from finetune.gpu.unet import SideBySideBlock, SideBySideNorm, SideBySideResnet, SideBySideTransformer, side_by_side
+from finetune.gpu.unpack import unpack_float8
+from finetune.nf4 import Linear4bit
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SIDES = (24, 20) if INTERPRETED else (64, 64)  # enough for several programs to share a picture
@@ -132,17 +136,24 @@ def test_a_unet_with_channels_side_by_side_predicts_and_learns_the_same(
 
 
 @pytest.mark.parametrize(
-    ("family", "method"),
-    [("stable_diffusion", "textual_inversion"), ("stable_diffusion_xl", "lora"), ("flux", "lora")],
+    ("family", "method", "to"),
+    [
+        ("stable_diffusion", "textual_inversion", None),
+        ("stable_diffusion_xl", "lora", None),
+        ("flux", "lora", None),
+        ("flux", "lora", "nf4"),
+        ("flux", "lora", "fp8"),
+    ],
 )
-def test_a_run_on_a_base_in_half_precision_learns_the_same_and_passes_its_own_check(
-    family: str, method: str, base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_on_a_base_in_half_precision_or_less_learns_the_same_and_passes_its_own_check(
+    family: str, method: str, to: str | None, base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(Flux.prompt_lengths, "text_encoder_2", 8)  # an interpreter takes its time for each token
     losses = []
     for readied in (False, True):
         way = {"rank": 4} if method == "lora" else {"init": "thing"}
-        settings = {"train": {"precision": "bf16", "capture": False, "steps": 2}, "validation": {"prompts": []}}
+        settings: dict[str, Any] = {"train": {"precision": "bf16", "capture": False, "steps": 2}}
+        settings |= {"validation": {"prompts": []}, "base": {"quantize": to}}
         at_work = run.prepare(lessons.recipe(base_folder(family), tmp_path / str(readied), method, way, **settings))
         if readied:
             make_ready(at_work.family.denoiser)
@@ -150,6 +161,36 @@ def test_a_run_on_a_base_in_half_precision_learns_the_same_and_passes_its_own_ch
         losses.append([line["loss"] for line in lessons.lines(at_work.folder) if "loss" in line])
         assert at_work.finish().verdict.passed
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+SHAPES = [(48, 64), (3, 640), (80, 1280), (17, 192), (1, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", [Float8Linear, Linear4bit], ids=["fp8", "nf4"])
+def test_packed_weights_are_the_numbers_that_torch_and_bitsandbytes_make_of_them(
+    kind: Any, shape: tuple[int, int], dtype: torch.dtype
+):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(shape[1], shape[0], dtype=dtype)
+    plain.weight.data[0] *= 1e-3
+    layer = kind(plain, dtype).to(DEVICE)
+    with in_float32([]):  # where no kernel runs
+        wanted = layer.unpacked(dtype)
+    into = torch.full((3 * shape[0], shape[1]), 7, dtype=dtype, device=DEVICE)
+    for found in (layer.unpacked(dtype), layer.unpacked(dtype, out=into[shape[0] : 2 * shape[0]])):
+        assert found.dtype == dtype and found.shape == shape
+        torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    assert (into[: shape[0]] == 7).all() and (into[2 * shape[0] :] == 7).all()
+
+
+def test_every_number_of_8_bits_is_unpacked_as_torch_unpacks_it():
+    numbers = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(2, 128)
+    wanted = numbers.view(torch.float8_e4m3fn).float()
+    found = unpack_float8(numbers, torch.ones(2, 1, device=DEVICE), torch.empty_like(wanted))
+    known = wanted.isfinite()  # all but the two that are none
+    assert known.sum() == 254 and torch.equal(found[known], wanted[known])
 
 
 @pytest.mark.parametrize("trained", ["inputs", "weights"])

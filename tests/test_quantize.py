@@ -15,6 +15,7 @@ from bitsandbytes import nn as bnb
 from finetune import run
 from finetune.errors import UserError
 from finetune.float8 import Float8Linear
+from finetune.fused import FusedLinear, as_kept
 from finetune.parts import move
 
 KINDS = {
@@ -54,6 +55,20 @@ def test_every_family_learns_on_a_quantised_base(way: str, family: str, to: str,
     moved = {name for name, value in at_work.family.denoiser.named_parameters() if not torch.equal(value, before[name])}
     assert moved <= trained and len(moved) >= 0.9 * len(trained)
     assert at_work.finish().verdict.error < 0.005
+
+
+@pytest.mark.parametrize("to", ["nf4", "fp8"])
+@pytest.mark.parametrize("family", tiny.BASES)
+def test_all_that_is_taught_beside_packed_weights_is_one_operation_in_the_precision_of_the_base(
+    family: str, to: str, base_folder: Any, tmp_path: Path
+):
+    """With one layer left to peft the whole denoiser would be cast to float32 and back: it took three times as long."""
+    at_work = run.prepare(recipe(base_folder(family), tmp_path, "lora", to, precision="bf16"))
+    denoiser = at_work.family.denoiser
+    adapted = [module for module in denoiser.modules() if hasattr(module, "lora_A")]
+    assert adapted and all(isinstance(module, FusedLinear) for module in adapted)
+    with torch.autocast("cpu", torch.bfloat16), as_kept(denoiser, torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("has_read", [False, True])
@@ -123,7 +138,7 @@ def test_a_layer_in_8_bit_floating_point_errs_by_at_most_a_sixteenth_of_each_wei
     plain = torch.nn.Linear(64, 48, dtype=dtype)
     plain.weight.data[3] *= 1e-3  # a scale of its own for each output
     plain.weight.data[4] = 0
-    packed = Float8Linear(plain, dtype)
+    packed = Float8Linear(plain, dtype).cpu()  # when it is moved it is packed
     weight, expected = packed.dequantize().float(), plain.weight.float()
     least = expected.abs().amax(1, keepdim=True) / 448 * 2**-9  # at most half of what is the least but 0
     assert ((weight - expected).abs() <= expected.abs() / 16 + least).all()
@@ -135,7 +150,7 @@ def test_a_layer_in_8_bit_floating_point_errs_by_at_most_a_sixteenth_of_each_wei
 
 
 def test_a_layer_in_8_bit_floating_point_keeps_nothing_wider_for_the_way_back():
-    packed, kept = Float8Linear(torch.nn.Linear(64, 48), torch.float32), []
+    packed, kept = Float8Linear(torch.nn.Linear(64, 48), torch.float32).cpu(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part) or part, lambda part: part):
         packed(torch.randn(1, 64, requires_grad=True))
-    assert {part.dtype for part in kept if part.numel() >= 64 * 48} == {torch.uint8}
+    assert {part.dtype for part in kept if part.numel() >= 64 * 48} <= {torch.uint8}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +21,11 @@ def make_ready(denoiser: nn.Module) -> None:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     is_unet, is_flux = (isinstance(denoiser, kind) for kind in (UNet2DConditionModel, FluxTransformer2DModel))
-    has_kernels = find_spec("triton") is not None
-    if is_unet and has_kernels:
+    if is_unet and _has_triton():
         from finetune.gpu.unet import side_by_side
 
         side_by_side(denoiser)
-    if is_flux and has_kernels:
+    if is_flux and _has_triton():
         from finetune.gpu.flux import lean
 
         lean(denoiser)
@@ -37,3 +38,17 @@ def runs(x: Tensor) -> bool:
     Not for the few float32 predictions of a comparison, which would have to wait until they are compiled.
     """
     return (x.is_cuda or INTERPRETED) and not is_exact()
+
+
+def kernels_for(x: Tensor) -> Any:
+    """Those that unpack weights where a tensor is; None where none run."""
+    if not runs(x) or not _has_triton():
+        return None
+    from finetune.gpu import unpack
+
+    return unpack
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
