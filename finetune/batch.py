@@ -5,7 +5,7 @@ Shapes: B samples (the concept's, those that are held first, then the prior's), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -90,28 +90,30 @@ class Encoder:
         self.noise_offset = noise_offset
         self.unmasked_weight = unmasked_weight
         self.keep_layout = keep_layout
-        self.complete = False  # whether no draw needs a file or an encoder any more
+        self.done: list[str] = []  # the parts of the pipeline that no draw needs any more
         self.cell = family.pipeline.vae_scale_factor
         self.posteriors = Cache(self._encode_pictures, _num_bytes, pictures_at_once(size), lambda draw: draw.crop.size)
         self.masks = Cache(self._read_masks, lambda mask: mask.nbytes, PICTURES_AT_ONCE)
         self.prompts = Cache(self._encode_captions, _num_bytes, 1)
 
-    def prepare(self, draws: Iterable[Draw], *, show: bool = False) -> Iterator[list[str]]:
-        """Encode all that is frozen of the draws, if there is room for it.
+    def read(self, draws: Iterable[Draw], *, show: bool = False) -> None:
+        """Encode all captions, if there is room for what they become."""
+        captions = {draw.caption: draw.caption for draw in draws}
+        if self.prompts.fill(captions, title="encoding captions" if show else None):
+            self.done += self.family.text_encoders
 
-        Yields:
-            The parts of the pipeline that are not needed for them any more, as soon as they are not.
-        """
-        pictures, masks, captions = {}, {}, {}
-        for draw in draws:
-            pictures[draw.key], masks[draw.mask_key], captions[draw.caption] = draw, draw, draw.caption
+    def see(self, draws: Sequence[Draw], *, show: bool = False) -> None:
+        """Encode all pictures and their masks, if there is room for what they become."""
         if self.unmasked_weight is not None:
-            self.masks.fill(masks)
-        prompts = not self.trains_text and self.prompts.fill(captions, title="encoding captions" if show else None)
-        yield list(self.family.text_encoders) * prompts
-        latents = self.posteriors.fill(pictures, title="encoding pictures" if show else None)
-        yield ["vae"] * latents
-        self.complete = latents and (prompts or self.trains_text)
+            self.masks.fill({draw.mask_key: draw for draw in draws})
+        pictures = {draw.key: draw for draw in draws}
+        if self.posteriors.fill(pictures, title="encoding pictures" if show else None):
+            self.done.append("vae")
+
+    @property
+    def complete(self) -> bool:
+        """Whether no draw needs a file or an encoder any more."""
+        return {"vae", *(() if self.trains_text else self.family.text_encoders)} <= set(self.done)
 
     def encode(self, draws: Sequence[Draw], num_prior: int) -> Batch:
         posteriors = self.posteriors.get({draw.key: draw for draw in draws})

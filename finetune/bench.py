@@ -66,7 +66,6 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         at_work = run.prepare(_shortened(recipe, steps, Path(folder)), load=_random if random else None)
-        at_work.trainer.encode()
         if random and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # real weights are packed before they get there
         reports = at_work.trainer.steps()

@@ -89,8 +89,7 @@ class Delivery:
             self.family.to(torch.device("cpu"))
         with explained(self.recipe, "comparing the export", "else"):
             fresh = load_family(self.recipe)
-            fresh.to(device)
-            fresh.rest(["vae", *fresh.text_encoders])
+            fresh.to(device, resting=["vae", *fresh.text_encoders])
             before = self.probe(fresh)
             load_adapters(fresh.pipeline, files)
             fresh.denoiser.to(device)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
@@ -104,6 +105,10 @@ def _wake() -> None:
                 pixels = torch.zeros(1, 8, 8, 8, device=device, dtype=dtype, requires_grad=True)
                 kernel = torch.zeros(8, 8, 3, 3, device=device, dtype=dtype)
                 torch.conv2d(pixels, kernel).flatten(1).mm(kernel.view(288, 2)).sum().backward()
+            if find_spec("triton") is not None:  # which reads all of itself before its first kernel
+                from finetune.gpu.geglu import geglu
+
+                geglu(torch.zeros(1, 2, device=device))
 
 
 def _memory() -> int:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from finetune.batch import Batch, pictures_at_once
-from finetune.dataset import Pictures
 from finetune.families.base import Family, Prompt
 from finetune.packed import Packed
 from finetune.quantize import layers
@@ -101,19 +100,21 @@ def estimate(recipe: Recipe[Any], captions: Sequence[str] = ()) -> Memory:
     family = build(recipe, torch.device("meta"))
     caption = recipe.fill(max([*recipe.dataset.captions, *captions, "{}"], key=len))
     family.pipeline.vae.use_slicing = True  # as on every GPU
+    num_concept = recipe.train.batch_size // recipe.train.accumulate
     autocast = None if recipe.train.precision == "no" else getattr(torch, recipe.train.computes)
     ledger, gpu = Ledger(), LikeGpu(autocast, _length(family, caption))
     with ledger, gpu:
         _book_weights(recipe, family, ledger)
-        trainer = _trainer(recipe, family, ledger)
         work: dict[str, Work] = {}
         others = {"encoding": _encode(recipe, family, caption, ledger, work)}
-        num_prior = 0 if recipe.method.prior_half is None else trainer.share
-        batch = _batch(recipe, family, caption, trainer.share, num_prior)
+        trainer = _trainer(recipe, family, ledger)
+        num_prior = 0 if recipe.method.prior_half is None else num_concept
+        batch = _batch(recipe, family, caption, num_concept, num_prior)
         fullest, work["step"] = _step(trainer, batch, ledger, gpu)
-        _look(family, batch.ends(0, 1), ledger, gpu, work, guided=recipe.validation.guidance > 1)
+        guided = recipe.validation.guidance > 1 and "guidance_embeds" not in family.denoiser.config  # FLUX.1 is told it
+        _look(family, batch.ends(0, 1), ledger, gpu, work, guided=guided)
         if num_drawn := _num_drawn(recipe):
-            others["drawing"] = _draw(recipe, family, batch.latents[:1].expand(num_drawn, -1, -1, -1), ledger, gpu)
+            others["drawing"] = _draw(recipe, family, batch.ends(0, 1), num_drawn, ledger, gpu, guided=guided)
     weights = {name: fullest[name] for name in family.pipeline.components if name in fullest}
     # What frozen parts say is kept from before the first step, if it all finds room.
     resting = ("vae", *(() if recipe.method.trains_text else family.text_encoders))
@@ -168,8 +169,8 @@ def _trainer(recipe: Recipe[Any], family: Family, ledger: Ledger) -> Trainer:
     for parameter in student.parameters():
         parameter.register_post_accumulate_grad_hook(lambda it: ledger.book([cast(Any, it.grad)], "gradients"))
     ledger.kind = "average"
-    concept = Pictures(cast(Any, ()), recipe.dataset, recipe.placeholder)
-    trainer = Trainer(student, concept, None, recipe.train, cast(Any, _Alone()))
+    nothing: Any = None
+    trainer = Trainer(student, nothing, nothing, recipe.train, cast(Any, _Alone()))
     for part in family.parts():
         recompute_alike(part)
     for settings in trainer.optimizer.param_groups:
@@ -232,17 +233,17 @@ def _go_through(trainer: Trainer, batch: Batch, ledger: Ledger, gpu: LikeGpu) ->
 
 @torch.no_grad()
 def _encode(recipe: Recipe[Any], family: Family, caption: str, ledger: Ledger, work: dict[str, Work]) -> int:
-    """Bytes at its fullest moment: captions come first, and what has encoded them is gone before the pictures."""
+    """Bytes at its fullest moment: what reads captions is there alone, then what sees pictures."""
 
     def count(name: str, encode: Callable[[], Any], share: float) -> None:
         work[name] = ledger.count(encode).times(share)
 
     size = recipe.dataset.resolution
     pixels = torch.empty(pictures_at_once(size), 3, size, size, device="meta")
-    texts = ledger.most(lambda: count("caption", lambda: family.encode_prompt(family.tokenize([caption])), 1))
-    gone = _readers(recipe, family, ledger)
-    pictures = ledger.most(lambda: count("picture", lambda: family.encode_image(pixels), 1 / len(pixels)))
-    return max(texts, pictures - gone)
+    texts = ledger.more(lambda: count("caption", lambda: family.encode_prompt(family.tokenize([caption])), 1))
+    pictures = ledger.more(lambda: count("picture", lambda: family.encode_image(pixels), 1 / len(pixels)))
+    readers = sum(ledger.held[name] for name in family.text_encoders)
+    return max(texts + readers, pictures + ledger.held["vae"])
 
 
 @torch.no_grad()
@@ -251,9 +252,8 @@ def _look(family: Family, batch: Batch, ledger: Ledger, gpu: LikeGpu, work: dict
     vae = family.pipeline.vae
     with gpu.autocast():
         prompt = batch.prompt if isinstance(batch.prompt, Prompt) else family.encode_prompt(batch.prompt)
-        both = guided and "guidance_embeds" not in family.denoiser.config  # FLUX.1 is told its guidance
         forward = ledger.count(lambda: family.denoise(batch.latents, batch.time, prompt, batch.geometry))
-        work["pass"] = forward.times(1 + both, 1)
+        work["pass"] = forward.times(1 + guided, 1)
         work["decoded"] = ledger.count(lambda: vae.decode(batch.latents.to(vae.dtype)))
 
 
@@ -265,15 +265,25 @@ def _num_drawn(recipe: Recipe[Any]) -> int:
 
 
 @torch.no_grad()
-def _draw(recipe: Recipe[Any], family: Family, latents: torch.Tensor, ledger: Ledger, gpu: LikeGpu) -> int:
-    """Bytes at its fullest moment: while new prompts are encoded, or while the latents become pixels."""
-    vae, tokens = family.pipeline.vae, family.tokenize([""] * len(latents))
+def _draw(
+    recipe: Recipe[Any], family: Family, batch: Batch, count: int, ledger: Ledger, gpu: LikeGpu, *, guided: bool
+) -> int:
+    """Bytes at its fullest moment: while the denoiser is at work, or while the latents become pixels.
+
+    Text encoders are not there, unless they are trained, or read the prompt of class images.
+    """
+    vae, resting = family.pipeline.vae, () if recipe.method.trains_text else family.text_encoders
+    prior = recipe.method.prior_half
     with gpu.autocast():
-        texts = ledger.most(lambda: family.encode_prompt(tokens))
-        pictures = ledger.most(lambda: vae.decode(latents.to(vae.dtype)))
-    return max(texts, pictures - _readers(recipe, family, ledger))
-
-
-def _readers(recipe: Recipe[Any], family: Family, ledger: Ledger) -> int:
-    """Bytes of the text encoders that leave when all is read."""
-    return 0 if recipe.method.trains_text else sum(ledger.held[name] for name in family.text_encoders)
+        prompt = batch.prompt if isinstance(batch.prompt, Prompt) else family.encode_prompt(batch.prompt)
+        many = count * (1 + guided)
+        latents, time, geometry, *_ = (
+            part.expand(many, *part.shape[1:]) for part in (batch.latents, batch.time, batch.geometry)
+        )
+        prompts = prompt.map(lambda part: part.expand(many, *part.shape[1:]))
+        passes = ledger.most(lambda: family.denoise(latents, time, prompts, geometry))
+        pictures = ledger.most(lambda: vae.decode(latents[:count].to(vae.dtype)))
+        classes = prior is not None and prior.source == "images"
+        texts = ledger.most(lambda: family.encode_prompt(family.tokenize([""] * count))) if classes else 0
+    gone = sum(ledger.held[name] for name in resting)
+    return max(texts, max(passes, pictures) - gone)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,25 @@ def move(part: Any, device: torch.device) -> None:
             holder: Any = getattr(module, name, None)
             if getattr(holder, "CB", None) is not None:
                 holder.CB, holder.SCB = module.weight.data, holder.SCB.to(device)
+
+
+@contextmanager
+def lent(part: nn.Module, device: torch.device) -> Iterator[None]:
+    """What is frozen, on a device for a while; its weights stay where they were, so that going back takes no time."""
+    home = next(part.parameters()).device
+    weights = [(weight, weight.data) for weight in part.parameters()]
+    buffers = [(module, *known) for module in part.modules() for known in module.named_buffers(recurse=False)]
+    move(part, device)
+    try:
+        yield
+    finally:
+        if any(weight.dtype in (torch.uint8, torch.int8) for weight in part.parameters()):
+            move(part, home)  # what was packed there is smaller, and packing it again would take its time
+        else:
+            for weight, kept in weights:
+                weight.data = kept
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
 
 
 def keep_all(part: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -56,7 +57,7 @@ def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, acceler
         )
 
     try:
-        with family.at_rest(list(family.text_encoders) if mine else []), family.drawing(), bar:
+        with family.drawing() if mine else nullcontext(), bar:
             request.make(cache_folder(), mine, make, recipe.validation.batch_size)
     except OSError as error:
         raise UserError(

@@ -12,15 +12,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
+class Read(Exception):
+    """A pipeline has had its prompts encoded, and was not to go on."""
+
+
 @contextmanager
 def recalled(
-    pipeline: Any, known: dict[str, Any], at_hand: Callable[[], AbstractContextManager[None]]
+    pipeline: Any, known: dict[str, Any], at_hand: Callable[[], AbstractContextManager[None]], *, go_on: bool = True
 ) -> Iterator[None]:
     """Have a pipeline encode each list of prompts once.
 
     Args:
         known: what it has answered, on the CPU; new answers are added.
         at_hand: with the text encoders on the device.
+        go_on: whether it does anything with them; else it ends with `Read`.
     """
     encode = pipeline.encode_prompt
 
@@ -31,6 +36,8 @@ def recalled(
         if asked not in known:
             with at_hand():
                 known[asked] = _all_to("cpu", encode(*args, **kwargs))
+        if not go_on:
+            raise Read
         return _all_to(pipeline.device, known[asked])
 
     pipeline.encode_prompt = recall

@@ -90,6 +90,11 @@ class Ledger(TorchDispatchMode):
         action()
         return self.fullest.total()
 
+    def more(self, action: Callable[[], Any]) -> int:
+        """Bytes that an action needs beside what was there before."""
+        before = self.held.total()
+        return self.most(action) - before
+
     def count(self, action: Callable[[], Any]) -> Work:
         """What an action asks for."""
         flops, operations = self.flops, self.operations

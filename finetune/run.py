@@ -1,4 +1,4 @@
-"""A recipe carried out: picture, draw, latents, loss, export. The only place where objects are wired."""
+"""A recipe carried out: picture, draw, latents, loss, export. Only here and in `assemble` objects are wired."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from finetune import checkpoint
+from finetune.assemble import assemble
 from finetune.base import load_family
+from finetune.capture import Captured
 from finetune.card import write_card
 from finetune.cost import Cost
-from finetune.dataset import Picture, Pictures, split
+from finetune.dataset import Picture, split
 from finetune.delivery import Delivery, complaint, named, not_compared
 from finetune.errors import UserError, reason, warn
 from finetune.export import Verdict
@@ -27,14 +29,12 @@ from finetune.families.base import Family
 from finetune.folder import CARD_FILE, CHECKPOINTS, GRID_FILE, OutputFolder
 from finetune.judging import Judge
 from finetune.plan import check
-from finetune.prior import make_prior
 from finetune.recipe import Recipe
 from finetune.samples import Samples
 from finetune.shortage import explained
 from finetune.stopping import Stop, Stopped
 from finetune.tracking import PATIENCE, Trackers
 from finetune.trainer import NonFiniteLoss, Report, Trainer
-from finetune.validation import Validation
 
 __all__ = ["CHECKPOINTS", "Result", "Run", "Stopped", "load_family", "prepare", "train"]
 LEAVING = 5.0  # seconds for the trackers of a run that was stopped
@@ -75,16 +75,15 @@ def prepare(
             cost = Cost()
             with explained(recipe, "loading the base", "else"):
                 family = (load or load_family)(recipe)
-                family.to(accelerator.device)
             if found is not None:
                 folder.check_base(found, family.fingerprint)
             on_main(accelerator, lambda: folder.open(resume=resume, overwrite=overwrite))
-            trainer = make_trainer(recipe, trained, family, accelerator)
+            known = None if found is None else checkpoint.load(found)["trainer"]
+            trainer = assemble(recipe, family, trained, held_out, accelerator, known["step"] if known else 0)
             trainer.cost = cost
-            trainer.validation = Validation.find(recipe, held_out)
             judge = Judge.find(recipe, trained, held_out) if accelerator.is_main_process else None
-            if found is not None:
-                trainer.resume(checkpoint.load(found)["trainer"])
+            if known is not None:
+                trainer.resume(known)
     except BaseException as error:
         folder.close()
         if isinstance(error, Stopped):
@@ -92,15 +91,6 @@ def prepare(
         raise
     trainer.stop = stop
     return Run(folder, trained, trainer, judge)
-
-
-def make_trainer(recipe: Recipe[Any], pictures: Sequence[Picture], family: Family, accelerator: Accelerator) -> Trainer:
-    concept = Pictures.from_pictures(pictures, recipe.dataset, recipe.placeholder)
-    with explained(recipe, "class images", "drawing"):
-        prior = make_prior(recipe, family, concept, accelerator)
-    with explained(recipe, "setting up", "else"):
-        student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
-        return Trainer(student, concept, prior, recipe.train, accelerator)
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], None]) -> None:
@@ -190,8 +180,6 @@ class Run:
         """The loop, and how it ends where that is not the last step."""
         total = self.recipe.train.steps
         try:
-            with explained(self.recipe, "encoding the pictures", "else"), self.stop.breakable():
-                self.trainer.encode()
             if self.first == 0:
                 self.validate(trackers)
                 self._measure(trackers)
@@ -352,8 +340,18 @@ class Run:
             self.accelerator.autocast(),
             self.stop.breakable(),
         ):
-            images = self.samples.render(indices)
+            images = self._render(indices)
         self._attempt("samples", lambda: self.samples.save(step, images))
+
+    def _render(self, indices: Sequence[int]) -> dict[int, Any]:
+        try:
+            return self.samples.render(indices)
+        except torch.OutOfMemoryError:
+            if not isinstance(self.trainer.work, Captured):
+                raise
+        self.trainer.work = None  # a recorded step keeps memory of its own; it will be recorded anew
+        torch.cuda.empty_cache()
+        return self.samples.render(indices)
 
     def probe(self, family: Family) -> torch.Tensor:
         return self.delivery.probe(family)

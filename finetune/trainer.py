@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from torch import Tensor
 from finetune.batch import Batch, Encoder, send
 from finetune.capture import Captured
 from finetune.cost import Cost
-from finetune.dataset import Draw, Pictures
-from finetune.dataset.buckets import Shapes
+from finetune.dataset import Draw
 from finetune.errors import UserError
 from finetune.gpu import make_ready
 from finetune.processes import Sums, add_up, agree
 from finetune.recomputing import checkpoint_all, checkpoint_some
 from finetune.schedule import TrainConfig, build_optimizer, multiplier, restore
+from finetune.shares import Shares
 from finetune.stopping import Stop
 from finetune.student import Student
 from finetune.validation import Judged, Measured, Validation
@@ -58,78 +57,44 @@ class Report:
 class Trainer:
     """Steps that depend on (seed, step) and the weights alone.
 
-    A step's samples are numbered over all processes and accumulations, so the same
-    recipe sees the same pictures and noise on one process or on many, and a run that
-    is continued equals one that never stopped.
+    So a run that is continued equals one that never stopped.
     """
 
     def __init__(
         self,
         student: Student,
-        concept: Pictures,
-        prior: Pictures | None,
+        shares: Shares,
+        encoder: Encoder,
         config: TrainConfig,
         accelerator: Accelerator,
+        validation: Validation | None = None,
     ):
         self.student = student
-        multiple = student.family.pipeline.vae_scale_factor * student.family.size_multiple
-        self.concept, self.prior = _shaped(concept, prior, multiple, config.batch_size)
+        self.shares = shares
+        self.encoder = encoder
         self.config = config
         self.accelerator = accelerator
+        self.validation = validation
         self.step = 0
         self.cost = Cost()
-        self.encoded = False  # whether that is done, of what is frozen
         self.work: Work | None = None  # what a step asks of the device, once that is known
         self.ahead: tuple[int, list[Draw], list[Batch]] | None = None  # a step, its draws and its batches
         self.whole = True  # whether the weights are those of a whole step
         self.stop = Stop()
-        parts = accelerator.num_processes * config.accumulate
-        if config.batch_size % parts:
-            raise UserError(
-                f"train.batch_size: {config.batch_size} pictures cannot be shared by {accelerator.num_processes} "
-                f"processes with accumulate {config.accumulate}. Make it a multiple of {parts}."
-            )
-        self.share = config.batch_size // parts
-        method = student.method
-        self.encoder = Encoder(
-            student.family,
-            size=concept.config.resolution,
-            trains_text=method.trains_text,
-            noise_offset=config.noise_offset,
-            unmasked_weight=None if concept.config.mask == "none" else concept.config.unmasked_weight,
-            keep_layout=method.keep_layout,
-        )
         self._prepare_family()
         agree(list(student.parameters()))
         self.model = accelerator.prepare_model(student, evaluation_mode=True)  # `sums` keep processes in step
         self.sums = Sums(list(student.parameters()))
         self.optimizer = accelerator.prepare(build_optimizer(student.groups, config))
         self.ema = None if config.ema is None else _average(student, config.ema)
-        self.validation: Validation | None = None
 
     def steps(self) -> Iterator[Report]:
         """Train to the end, a report for each update."""
-        self.encode()
         while self.step < self.config.steps:
             report = self._update()
             self.step += 1
             self.whole = True
             yield report
-
-    def encode(self) -> None:
-        """All steps' draws are known, so what encodes them may leave the device before the first step."""
-        if self.encoded:
-            return
-        mine = (
-            draw
-            for step in range(self.step, self.config.steps)
-            for part in range(self.config.accumulate)
-            for draw in self._mine(self._draw(step), part)
-        )
-        held_out = self.validation.draws if self.validation is not None else []
-        for done in self.encoder.prepare(itertools.chain(held_out, mine), show=self.accelerator.is_main_process):
-            self.student.family.rest(done)
-        self.encoded = True
 
     def _update(self) -> Report:
         if self.work is None:
@@ -171,7 +136,7 @@ class Trainer:
             return work
         if self.guarded:
             for settings in self.optimizer.param_groups:
-                rate = torch.tensor(settings["lr"], device=self.accelerator.device)
+                rate = torch.as_tensor(settings["lr"], device=self.accelerator.device)
                 settings.update(capturable=True, lr=rate)
         return Captured(work, list(self.student.parameters()), "the step")
 
@@ -208,24 +173,12 @@ class Trainer:
 
     # -- what a step depends on ---------------------------------------------------------------------------------------
 
-    def _draw(self, step: int) -> list[list[Draw]]:
-        """A step's samples over all processes: the concept's, and as many of the prior's if there is one."""
-        positions = range(step * self.config.batch_size, (step + 1) * self.config.batch_size)
-        sources = [source for source in (self.concept, self.prior) if source is not None]
-        return [[source.draw(self.config.seed, position) for position in positions] for source in sources]
-
-    def _mine(self, draws: list[list[Draw]], part: int) -> list[Draw]:
-        """This process's share of one part of a step."""
-        place = (self.accelerator.process_index * self.config.accumulate + part) * self.share
-        return [draw for half in draws for draw in half[place : place + self.share]]
-
     def _drawn(self, step: int) -> tuple[list[Draw], list[Batch]]:
         """A step's draws over all processes, and this process's parts of it."""
         if self.ahead is not None and self.ahead[0] == step:
             return self.ahead[1:]
-        draws = self._draw(step)
-        mine = [self._mine(draws, part) for part in range(self.config.accumulate)]
-        batches = [self.encoder.encode(part, num_prior=len(part) - self.share) for part in mine]
+        draws = self.shares.draw(step)
+        batches = [self.encoder.encode(part, len(part) - self.shares.size) for part in self.shares.mine(draws)]
         return [draw for half in draws for draw in half], batches
 
     def _set_learning_rates(self) -> dict[str, float]:
@@ -267,7 +220,6 @@ class Trainer:
         """Measure the weights as they would be exported on what is held out, if anything is."""
         if self.validation is None:
             return None
-        self.encode()
         with self.averaged():
             return self.validation.measure(self.student, self.encoder, self.step, self.accelerator.autocast())
 
@@ -329,16 +281,6 @@ class Trainer:
             self.validation.resume(state["validation"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-def _shaped(
-    concept: Pictures, prior: Pictures | None, multiple: int, batch_size: int
-) -> tuple[Pictures, Pictures | None]:
-    """Both halves in the concept's shapes, so that they go through the denoiser together."""
-    if not concept.config.buckets:
-        return concept, prior
-    shapes = Shapes(concept.rows, concept.config.resolution, multiple, batch_size)
-    return concept.within(shapes), None if prior is None else prior.within(shapes)
 
 
 def _average(student: Student, decay: float) -> Any:

@@ -25,6 +25,19 @@ MAY_IMPORT = {
     "families": {"exact", "files", "fingerprint", "objectives", "parts", "placeholder", "recall", "registry"},
     "parts": set(),
     "recall": set(),
+    "shares": {"dataset", "schedule"},
+    "assemble": {
+        "batch",
+        "dataset",
+        "families",
+        "prior",
+        "recipe",
+        "samples",
+        "shares",
+        "shortage",
+        "trainer",
+        "validation",
+    },
     "detection": {"families", "hub"},
     "hub": set(),
     "cache": set(),
@@ -101,12 +114,13 @@ MAY_IMPORT = {
         "processes",
         "recomputing",
         "schedule",
+        "shares",
         "stopping",
         "student",
         "validation",
     },
     "validation": {"batch", "dataset", "evaluation", "recipe", "student"},
-    "samples": {"dataset", "families", "files", "folder", "grid", "recipe", "render"},
+    "samples": {"dataset", "families", "files", "folder", "grid", "recall", "recipe", "render"},
     "delivery": {
         "architectures",
         "base",
@@ -120,7 +134,7 @@ MAY_IMPORT = {
     },
     "recipe": {"config", "dataset", "files", "methods", "registry", "schedule", "tracking"},
     "outline": {"recipe"},
-    "headstart": {"outline", "recipe", "schedule"},
+    "headstart": {"gpu", "outline", "recipe", "schedule"},
     "spelling": {"dataset", "outline", "recipe"},
     "request": {"dataset", "fingerprint", "methods", "outline", "recipe"},
     "tally": {"methods", "outline", "recipe"},
@@ -129,7 +143,7 @@ MAY_IMPORT = {
     "rehearsal": set(),
     "skeleton": {"detection", "families", "files", "hub", "recipe"},
     "duration": {"batch", "forecast", "recipe", "rehearsal"},
-    "memory": {"batch", "dataset", "families", "packed", "quantize", "recipe", "rehearsal", "skeleton", "trainer"},
+    "memory": {"batch", "families", "packed", "quantize", "recipe", "rehearsal", "skeleton", "trainer"},
     "prior": {"dataset", "families", "methods", "recipe", "render", "request"},
     "card": {"architectures", "export", "files", "recipe"},
     "push": {"card", "config", "files"},
@@ -205,7 +219,10 @@ def test_no_function_needs_a_scroll_bar_and_no_file_an_afternoon(path: Path):
 
 
 def test_accelerate_and_peft_stay_in_their_rooms():
-    for package, rooms in {"accelerate": {"trainer", "run", "prior"}, "peft": {"fused", "variants"}}.items():
+    for package, rooms in {
+        "accelerate": {"assemble", "trainer", "run", "prior"},
+        "peft": {"fused", "variants"},
+    }.items():
         users = {
             path.stem
             for path in files()

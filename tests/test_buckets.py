@@ -184,7 +184,7 @@ def test_both_halves_of_a_batch_have_one_shape(base_folder: Any, tmp_path: Path,
 def test_the_prior_s_own_predictions_keep_to_the_pictures_of_their_shape(base_folder: Any, tmp_path: Path):
     way = {"prior": "prediction", "class_prompt": "a thing", "rank": 2}
     trainer = run.prepare(lesson(base_folder("stable_diffusion"), tmp_path, "dreambooth", way)).trainer
-    drawn = [trainer._draw(step) for step in range(len(UNEVEN))]
+    drawn = [trainer.shares.draw(step) for step in range(len(UNEVEN))]
     halves = [Counter(draw.path for step in drawn for draw in step[half]) for half in (0, 1)]
     assert halves[0] == halves[1] and set(halves[0].values()) == {2}
 

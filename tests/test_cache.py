@@ -16,6 +16,7 @@ import tiny
 import torch
 
 from finetune import cache, run
+from finetune.errors import UserError
 from finetune.families.base import Prompt
 from finetune.render import render
 
@@ -109,19 +110,90 @@ def refuse(*_: int) -> None:
 def test_what_rests_is_there_when_it_is_needed_for_pictures(base_folder: Any, tmp_path: Path):
     at_work = prepare(base_folder("stable_diffusion"), tmp_path)
     next(at_work.trainer.steps())
-    moves = []
-    for name in at_work.family.resting:
+    moves, resting = [], at_work.family.resting
+    for name in resting:
         part = getattr(at_work.family.pipeline, name)
         part.to = lambda device, name=name: moves.append((name, str(device)))
-    at_work.family.denoiser.to(torch.device("meta"))  # stands in for a GPU
-    read = [("text_encoder", "meta"), ("text_encoder", "cpu")]
+    at_work.family.device = torch.device("meta")  # stands in for a GPU
     with at_work.family.drawing():
-        assert moves == [("vae", "meta")]
+        assert moves == [("vae", "meta")] and at_work.family.resting == ("text_encoder",)
         for prompt in ("a thing", "a thing", "another"):
             at_work.family.pipeline.encode_prompt(prompt, torch.device("cpu"), 1, False)
-    assert moves == [("vae", "meta"), *read, *read, ("vae", "cpu")]
-    with at_work.family.sampling():
-        assert moves[6:] == [("text_encoder", "meta"), ("vae", "meta")]
+    assert moves == [("vae", "meta"), ("text_encoder", "meta"), ("text_encoder", "meta")]
+    assert at_work.family.resting == resting
+
+
+def test_what_is_lent_to_a_device_comes_back_to_where_it_was_without_being_copied(base_folder: Any, tmp_path: Path):
+    family = run.load_family(lessons.recipe(base_folder("flux"), tmp_path, "lora", "plain"))
+    encoder = family.pipeline.text_encoder
+    places = [part.data_ptr() for part in encoder.state_dict().values()]
+    expected = family.read(["a thing"])[0].embeds
+
+    def to_elsewhere(_: torch.device) -> None:
+        encoder._apply(torch.clone)
+
+    encoder.to = to_elsewhere
+    family.to(torch.device("cpu"), resting=list(family.named_parts()))
+    with family.at_hand(["text_encoder"]), family.at_hand(family.text_encoders):
+        assert "text_encoder" not in family.resting
+        assert not {part.data_ptr() for part in encoder.state_dict().values()} & set(places)
+        assert torch.equal(family.read(["a thing"])[0].embeds, expected)
+    assert set(family.resting) == set(family.named_parts())
+    assert [part.data_ptr() for part in encoder.state_dict().values()] == places
+
+
+@pytest.mark.parametrize("to", ["int8", "nf4", "fp8"])
+def test_what_is_lent_and_packed_on_the_way_comes_back_packed(to: str, base_folder: Any, tmp_path: Path):
+    settings = {"base": {"quantize": to}}
+    family = run.load_family(lessons.recipe(base_folder("flux"), tmp_path, "lora", "plain", **settings))
+    family.to(torch.device("cpu"), resting=list(family.named_parts()))
+    found = [family.read(["a thing"])[0].embeds for _ in range(2)]
+    assert torch.equal(*found)
+    kinds = {weight.dtype for weight in family.pipeline.text_encoder_2.parameters()}
+    assert kinds & {torch.uint8, torch.int8}
+    waiting = {weight.dtype for weight in family.denoiser.parameters()}
+    assert not waiting & {torch.uint8}  # which a GPU packs, when it comes there
+
+
+@pytest.mark.parametrize("family", tiny.BASES)
+def test_no_two_large_parts_of_the_base_are_on_the_device_at_once_before_the_first_step(
+    family: str, base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nor while step 0's pictures are drawn, whose prompts are known by then."""
+    resting: dict[str, set[str]] = {}
+    at_work = run.load_family(lessons.recipe(base_folder(family), tmp_path / "other", "lora", "plain"))
+    kinds, parts = type(at_work), set(at_work.named_parts())
+    denoiser, readers = {at_work.denoiser_name}, set(at_work.text_encoders)
+
+    def note(name: str, plain: Any) -> None:
+        def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            resting.setdefault(name, set(self.resting))
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(kinds, name, noted)
+
+    for name in ("encode_prompt", "encode_image", "denoise"):
+        note(name, getattr(kinds, name))
+    ran = prepare(base_folder(family), tmp_path)
+    assert {name: parts - left for name, left in resting.items()} == {"encode_prompt": readers, "encode_image": {"vae"}}
+    assert set(ran.family.resting) == parts - denoiser
+    calls = count_calls(ran)
+    ran.validate(None)
+    assert ran.prompts and not readers & set(calls)
+    next(ran.trainer.steps())
+    assert parts - resting["denoise"] == denoiser
+
+
+def test_a_picture_that_is_gone_before_it_is_encoded_is_named(base_folder: Any, tmp_path: Path):
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain")
+
+    def load(recipe: Any) -> Any:
+        gone.unlink()
+        return run.load_family(recipe)
+
+    gone = next(Path(str(recipe.dataset.folder)).glob("*.png"))
+    with pytest.raises(UserError, match=rf"{gone.name} cannot be read any more .*Bring it back"):
+        run.prepare(recipe, load=load)
 
 
 @pytest.mark.parametrize("family", tiny.BASES)
@@ -133,8 +205,10 @@ def test_pictures_of_prompts_that_are_known_are_those_of_new_ones(family: str, b
             prompts, given = ["a thing", "a red thing"], {"steps": 2, "guidance": 2.0, "size": tiny.SIZE}
             return [np.array(each) for each in render(at_work.family.pipeline, prompts, [seed, 7], **given)]
 
+    resting = at_work.family.resting
+    at_work.family.resting = ()
     expected = [draw(0), draw(1)]
-    at_work.trainer.encode()
+    at_work.family.resting = resting
     calls = count_calls(at_work)
     assert all(np.array_equal(*pair) for pair in zip(draw(0), expected[0], strict=True))
     assert set(calls) == set(at_work.family.text_encoders)

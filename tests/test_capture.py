@@ -21,6 +21,8 @@ from torch import Tensor
 
 from finetune import run
 from finetune.batch import Batch
+from finetune.capture import Captured
+from finetune.errors import UserError
 from finetune.families.base import Prompt
 from finetune.methods.lora import LoRA
 from finetune.render import render, use_ddim
@@ -117,6 +119,27 @@ def test_many_runs_of_one_process_are_captured_alike_and_leave_nothing_behind(ba
         gc.set_threshold(*thresholds)
     assert found == [found[0]] * 6
     assert left[-1] <= left[1]
+
+
+def test_pictures_that_find_no_room_take_that_of_the_recorded_step(
+    base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    at_work = run.prepare(lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain"))
+    expected, tries = at_work.samples.render, []
+
+    def want_more(indices: Any) -> Any:
+        tries.append(at_work.trainer.work)
+        if len(tries) != 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return expected(indices)
+
+    monkeypatch.setattr(at_work.samples, "render", want_more)
+    at_work.trainer.work = recorded = Captured.__new__(Captured)
+    at_work.draw(range(1))
+    assert tries == [recorded, None] and at_work.samples.paths(0)[0].exists()
+    with pytest.raises(UserError, match="the validation pictures of step 0: the GPU is out of memory"):
+        at_work.draw(range(1))
+    assert len(tries) == 3
 
 
 def call(count: int = 2, text: Tensor | None = None, **more: Any) -> Call:

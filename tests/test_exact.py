@@ -24,7 +24,7 @@ def test_a_prediction_is_that_of_the_same_weights_in_full(family: str, dtype: to
     before = {name: value.clone() for name, value in half.denoiser.state_dict().items()}
     captions = ["a thing", "another"]
     rounding = _difference(_plain(half, captions), _plain(full, captions))
-    with half.sampling(), full.sampling():
+    with half.looking(), full.looking():
         error = _difference(probe(half, captions, tiny.SIZE), probe(full, captions, tiny.SIZE))
     assert error < rounding / 4
     assert half.dtype == dtype
@@ -32,7 +32,7 @@ def test_a_prediction_is_that_of_the_same_weights_in_full(family: str, dtype: to
 
 
 def _plain(family: Any, captions: list[str]) -> torch.Tensor:
-    with family.sampling():
+    with family.looking():
         return family.encode_prompt(family.tokenize(captions)).embeds.float()
 
 

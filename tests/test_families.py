@@ -250,7 +250,7 @@ def test_cached_latents_follow_the_picture_and_not_its_name(base_folder: Any, tm
     def means() -> list[torch.Tensor]:
         pictures = Pictures.from_pictures(scan(config), config, "<it>")
         draws = sorted((pictures.draw(0, position) for position in range(2)), key=lambda draw: draw.path)
-        list(encoder.prepare(draws))
+        encoder.see(draws)
         return [encoder.posteriors.kept[draw.key].mean for draw in draws]
 
     before = means()
@@ -272,7 +272,7 @@ def test_random_flips_are_drawn_anew_while_latents_are_cached(base_folder: Any, 
     pictures = Pictures.from_pictures(scan(config), config, "<it>")
     draws = [pictures.draw(0, position) for position in range(12)]
     assert {draw.crop.flip for draw in draws} == {True, False}
-    list(encoder.prepare(draws))
+    encoder.see(draws)
     assert len(encoder.posteriors.kept) == 2
     latents = encoder.posteriors.get({draw.key: draw for draw in draws})
     plain, flipped = (latents[next(draw.key for draw in draws if draw.crop.flip is flip)] for flip in (False, True))

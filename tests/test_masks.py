@@ -193,7 +193,7 @@ def first_batch(recipe: Any) -> tuple[Any, Any]:
 def test_the_loss_of_a_sample_is_the_mean_weighted_by_its_mask(base_folder: Any, tmp_path: Path, outside: float):
     trainer, batch = first_batch(lesson(base_folder, tmp_path, dataset={"unmasked_weight": outside}))
     family = trainer.student.family
-    (draws,) = trainer._draw(0)
+    (draws,) = trainer.shares.draw(0)
     cells = np.stack([draw.coverage(2) for draw in draws])
     assert batch.mask.shape == (2, 1, SIZE // 2, SIZE // 2)
     torch.testing.assert_close(batch.mask, torch.from_numpy(outside + (1 - outside) * cells))

@@ -26,7 +26,6 @@ from finetune.quantize import layers
 from finetune.recipe import Recipe
 from finetune.rehearsal import Ledger, LikeGpu
 from finetune.skeleton import build as build_skeleton
-from finetune.trainer import Trainer
 
 GIB = 2**30
 WHOLE = {"denoiser": "whole", "prior": "none"}
@@ -209,19 +208,13 @@ def test_the_time_of_a_step_is_as_near_to_what_was_measured_as_is_said(
 
 def test_what_is_trained_and_kept_equals_a_real_step_on_the_cpu(base_folder: Any, tmp_path: Path):
     """The toy's own numbers: parameters, optimizer state and what autograd keeps for the backward pass."""
-    from accelerate import Accelerator
-
     from finetune import run
-    from finetune.dataset import Pictures
-    from finetune.dataset.scan import scan
 
     recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain")
     memory = estimate(recipe)
-    family = run.load_family(recipe)
-    student = recipe.method.attach(family, recipe.placeholder, 0.01)
+    trainer = run.prepare(recipe).trainer
+    family, student = trainer.student.family, trainer.student
     weights = {id(tensor.untyped_storage()) for part in family.parts() for tensor in part.parameters()}
-    concept = Pictures.from_pictures(scan(recipe.dataset), recipe.dataset, recipe.placeholder)
-    trainer = Trainer(student, concept, None, recipe.train, Accelerator(cpu=True))
     kept: dict[int, Any] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -113,7 +113,7 @@ def test_plain_diffusers_in_a_fresh_process_draws_what_was_trained(lesson: Any, 
         family = at_work.trainer.student.family
         if family.pipeline_class in WITHOUT_WORDS and any("embeds" in file.name for file in result.files):
             continue
-        with family.sampling():
+        with family.looking():
             scheduler = type(family.pipeline).from_pretrained(at_work.recipe.base.source).scheduler
             family.pipeline.scheduler = scheduler
             images = render(

@@ -160,9 +160,9 @@ def strike(
     """Have faults come before the given steps are at work, before class images are made, before the validation
     pictures after the given steps, before the export.
     """
-    from finetune import run
+    from finetune import assemble, run
 
-    prepare, make_prior = run.prepare, run.make_prior
+    prepare, make_prior = run.prepare, assemble.make_prior
 
     def prepared(*args: Any, **kwargs: Any) -> run.Run:
         at_work = prepare(*args, **kwargs)
@@ -187,7 +187,7 @@ def strike(
         (class_images or _nothing)()
         return make_prior(*args)
 
-    run.prepare, run.make_prior = prepared, making
+    run.prepare, assemble.make_prior = prepared, making
 
 
 # Faults. The kernel itself brings them about, at exactly the system call that is named.

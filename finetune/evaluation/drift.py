@@ -44,7 +44,7 @@ def predictions(family: Family, prompts: Sequence[str], pictures: Sequence[Image
     height, width = pixels.shape[-2:]
     geometry = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts)).float().to(family.device)
     found = []
-    with family.sampling(), family.exact():
+    with family.looking(), family.exact():
         latents = family.encode_image(pixels.float() / 127.5 - 1).mean.to(family.device)
         for time in family.objective.time_at(torch.tensor(TIMES)):
             noise = torch.randn(latents.shape, generator=generator).to(family.device)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from finetune.exact import in_float32
 from finetune.files import read_shapes
 from finetune.fingerprint import fingerprint
 from finetune.objectives import Diffusion, Flow, Objective
-from finetune.parts import keep_all, move
+from finetune.parts import keep_all, lent, move
 from finetune.placeholder import pool_at_the_end, spell
 from finetune.recall import recalled
 from finetune.registry import Registry
@@ -114,7 +114,8 @@ class Family(ABC):
         self.objective = objective
         self.source = source
         self._computes: torch.dtype | None = None
-        self.resting: tuple[str, ...] = ()  # parts that wait on the CPU
+        self.device = next(self.denoiser.parameters()).device  # where parts are at work
+        self.resting: tuple[str, ...] = ()  # those that wait on the CPU until they are needed
         self.encoded: dict[str, Any] = {}  # prompts of pictures, as long as nothing learns to read
         for part in self.parts():
             part.requires_grad_(False).eval()
@@ -198,10 +199,6 @@ class Family(ABC):
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
-
-    @property
     def dtype(self) -> torch.dtype:
         """What the denoiser takes: its own precision, whatever its adapters have and its layers are packed in."""
         return self._computes or next(part.dtype for part in self.denoiser.parameters() if part.is_floating_point())
@@ -211,47 +208,48 @@ class Family(ABC):
         side = size // self.pipeline.vae_scale_factor
         return self.pipeline.vae.config["latent_channels"], side, side
 
-    def parts(self) -> Iterator[nn.Module]:
-        return (part for part in self.pipeline.components.values() if isinstance(part, nn.Module))
+    def named_parts(self) -> dict[str, nn.Module]:
+        """Attribute of the pipeline -> model."""
+        return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
 
-    def to(self, device: torch.device) -> None:
-        self.resting = ()
-        for part in self.parts():
-            move(part, device)
+    def parts(self) -> Iterator[nn.Module]:
+        return iter(self.named_parts().values())
+
+    def to(self, device: torch.device, *, resting: Sequence[str] = ()) -> None:
+        """Work on a device.
+
+        Args:
+            resting: parts that wait on the CPU, but while they are needed.
+        """
+        self.device, self.resting = device, tuple(self.named_parts())
+        for name in resting:
+            if next((part := self.named_parts()[name]).parameters()).device.type != "cpu":
+                move(part, torch.device("cpu"))
+        self.bring([name for name in self.resting if name not in resting])
         self.objective = self.objective.to(device)
         # Picture by picture the VAE needs a fraction of the memory, and half of the speed on a CPU.
         self.pipeline.vae.use_slicing = device.type == "cuda"
 
-    def rest(self, names: Sequence[str]) -> None:
-        """Keep more parts that no step needs off the device, but while they are needed for something else."""
-        self.resting = (*self.resting, *names)
-        self._move(names, torch.device("cpu"))
-
-    def _move(self, names: Sequence[str], device: torch.device) -> None:
+    def bring(self, names: Sequence[str]) -> None:
+        """Parts that rest to the device, for good."""
         for name in names:
-            move(getattr(self.pipeline, name), device)
-        if names and self.device.type == "cuda" and device.type == "cpu":
-            torch.cuda.empty_cache()
+            move(self.named_parts()[name], self.device)
+        self.resting = tuple(name for name in self.resting if name not in names)
 
     @contextmanager
-    def _fetched(self, names: Sequence[str]) -> Iterator[None]:
-        """Parts that rest, on the device for a while."""
-        self._move(names, self.device)
-        try:
-            yield
-        finally:
-            self._move(names, torch.device("cpu"))
-
-    @contextmanager
-    def at_rest(self, names: Sequence[str]) -> Iterator[None]:
-        """`rest`, for a while."""
+    def at_hand(self, names: Iterable[str]) -> Iterator[None]:
+        """Those of the parts that rest, on the device for a while."""
         kept = self.resting
-        self.rest(names)
-        try:
-            yield
-        finally:
-            self.resting = kept
-            self._move(names, self.device)
+        with ExitStack() as lending:
+            for name in set(names) & set(kept):
+                lending.enter_context(lent(self.named_parts()[name], self.device))
+            self.resting = tuple(name for name in kept if name not in names)
+            try:
+                yield
+            finally:
+                self.resting = kept
+        if self.resting and self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Posterior:
@@ -267,7 +265,7 @@ class Family(ABC):
 
     def read(self, captions: Sequence[str]) -> list[Prompt]:
         """Each caption encoded by itself; text encoders that rest come for it."""
-        with self._fetched([name for name in self.resting if name in self.text_encoders]):
+        with self.at_hand(self.text_encoders):
             return [self.encode_prompt(self.tokenize([caption])) for caption in captions]
 
     def too_long(self, captions: Sequence[str]) -> list[str]:
@@ -308,21 +306,23 @@ class Family(ABC):
         return spell(caption, tokenizer)
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """`looking`, with all parts on the device."""
-        with self.looking(), self._fetched(self.resting):
+    def drawing(self) -> Iterator[None]:
+        """`looking`, with what a picture needs on the device; text encoders that rest come for new prompts alone."""
+        encoders = set(self.resting) & set(self.text_encoders)
+        with (
+            self.looking(),
+            self.at_hand(set(self.resting) - encoders),
+            recalled(self.pipeline, self.encoded, partial(self.at_hand, encoders)) if encoders else nullcontext(),
+        ):
             yield
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """`looking`, with what a picture needs on the device; text encoders that rest come for new prompts alone."""
-        encoders = [name for name in self.resting if name in self.text_encoders]
-        others = [name for name in self.resting if name not in encoders]
-        at_hand = partial(self._fetched, encoders)
+    def reading(self) -> Iterator[None]:
+        """`looking`, while pipelines have their prompts encoded and are then ended by `Read`; `drawing` knows them."""
         with (
             self.looking(),
-            self._fetched(others),
-            recalled(self.pipeline, self.encoded, at_hand) if encoders else nullcontext(),
+            self.at_hand(self.text_encoders),
+            recalled(self.pipeline, self.encoded, nullcontext, go_on=False),
         ):
             yield
 

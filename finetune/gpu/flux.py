@@ -117,7 +117,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     value = value.unflatten(-1, query.shape[2:])
     query, key, value = (part.transpose(1, 2) for part in (query, key, value.contiguous()))
     with sdpa_kernel(KERNELS):
-        return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        found = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    if found.requires_grad:
+        found.register_hook(Tensor.contiguous)  # of what is laid beside something else the gradient is not whole
+    return found
 
 
 def _joined(text: Tensor, picture: Tensor) -> Tensor:

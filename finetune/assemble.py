@@ -1,0 +1,84 @@
+"""A trainer of a recipe's parts, in an order in which no two of the base's large parts are on the device at once.
+
+What reads captions and what sees pictures is there only until all is read and seen; then the denoiser comes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from finetune.batch import Encoder
+from finetune.dataset import Draw, Picture, Pictures
+from finetune.errors import UserError, reason
+from finetune.families.base import Family
+from finetune.prior import make_prior
+from finetune.recipe import Recipe
+from finetune.samples import Samples
+from finetune.shares import Shares
+from finetune.shortage import explained
+from finetune.trainer import Trainer
+from finetune.validation import Validation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def assemble(
+    recipe: Recipe[Any],
+    family: Family,
+    trained: Sequence[Picture],
+    held_out: Sequence[Picture],
+    accelerator: Accelerator,
+    first: int = 0,
+) -> Trainer:
+    """What is taught, to what, in which steps.
+
+    Args:
+        first: steps that an earlier run has done.
+
+    Raises:
+        UserError: a picture cannot be read any more, or the memory runs out.
+    """
+    concept = Pictures.from_pictures(trained, recipe.dataset, recipe.placeholder)
+    validation = Validation.find(recipe, held_out)
+    family.to(accelerator.device, resting=list(family.named_parts()))
+    with explained(recipe, "class images", "drawing"):
+        prior = make_prior(recipe, family, concept, accelerator)
+    multiple = family.pipeline.vae_scale_factor * family.size_multiple
+    ours = accelerator.process_index, accelerator.num_processes
+    shares = Shares(concept, prior, recipe.train, multiple, *ours)
+    draws = itertools.chain(validation.draws if validation is not None else (), shares.all_mine(first))
+    with explained(recipe, "encoding the pictures", "else"):
+        encoder = _encode(recipe, family, list(draws), accelerator)
+    with explained(recipe, "setting up", "else"):
+        family.bring([name for name in family.resting if name not in encoder.done])
+        student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
+        return Trainer(student, shares, encoder, recipe.train, accelerator, validation)
+
+
+def _encode(recipe: Recipe[Any], family: Family, draws: Sequence[Draw], accelerator: Accelerator) -> Encoder:
+    """All that is frozen of the draws, and the prompts of the pictures that this process will draw."""
+    config, show = recipe.dataset, accelerator.is_main_process
+    encoder = Encoder(
+        family,
+        size=config.resolution,
+        trains_text=recipe.method.trains_text,
+        noise_offset=recipe.train.noise_offset,
+        unmasked_weight=None if config.mask == "none" else config.unmasked_weight,
+        keep_layout=recipe.method.keep_layout,
+    )
+    if not recipe.method.trains_text:
+        with family.at_hand(list(family.text_encoders)):
+            encoder.read(draws, show=show)
+            with accelerator.autocast():
+                samples = Samples(recipe, family)
+                samples.read(range(accelerator.process_index, len(samples.prompts), accelerator.num_processes))
+    try:
+        with family.at_hand(["vae"]):
+            encoder.see(draws, show=show)
+    except OSError as error:
+        what = f"{error.filename or 'a picture'} cannot be read any more ({reason(error)})"
+        raise UserError(f"encoding the pictures: {what}. Bring it back, and go on.") from None
+    return encoder
