@@ -15,7 +15,9 @@ from finetune.errors import UserError, reason
 from finetune.families.base import Family
 from finetune.prior import make_prior
 from finetune.recipe import Recipe
+from finetune.recomputing import find_parts
 from finetune.samples import Samples
+from finetune.schedule import find_optimizer
 from finetune.shares import Shares
 from finetune.shortage import explained
 from finetune.trainer import Trainer
@@ -44,6 +46,7 @@ def assemble(
     concept = Pictures.from_pictures(trained, recipe.dataset, recipe.placeholder)
     validation = Validation.find(recipe, held_out)
     family.to(accelerator.device, resting=list(family.named_parts()))
+    _check(recipe, family)
     with explained(recipe, "class images", "drawing"):
         prior = make_prior(recipe, family, concept, accelerator)
     multiple = family.pipeline.vae_scale_factor * family.size_multiple
@@ -51,14 +54,28 @@ def assemble(
     shares = Shares(concept, prior, recipe.train, multiple, *ours)
     draws = itertools.chain(validation.draws if validation is not None else (), shares.all_mine(first))
     with explained(recipe, "encoding the pictures", "else"):
-        encoder = _encode(recipe, family, list(draws), accelerator)
+        encoder = _encode(recipe, family, list(draws), accelerator, first)
     with explained(recipe, "setting up", "else"):
         family.bring([name for name in family.resting if name not in encoder.done])
         student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
         return Trainer(student, shares, encoder, recipe.train, accelerator, validation)
 
 
-def _encode(recipe: Recipe[Any], family: Family, draws: Sequence[Draw], accelerator: Accelerator) -> Encoder:
+def _check(recipe: Recipe[Any], family: Family) -> None:
+    """What does not fit the base is said before anything is drawn or encoded.
+
+    Raises:
+        UserError: it does not.
+    """
+    recipe.method.check(family)
+    find_optimizer(recipe.train)
+    if isinstance(recipe.train.gradient_checkpointing, tuple):
+        find_parts(family.denoiser, recipe.train.gradient_checkpointing)
+
+
+def _encode(
+    recipe: Recipe[Any], family: Family, draws: Sequence[Draw], accelerator: Accelerator, first: int
+) -> Encoder:
     """All that is frozen of the draws, and the prompts of the pictures that this process will draw."""
     config, show = recipe.dataset, accelerator.is_main_process
     encoder = Encoder(
@@ -80,5 +97,8 @@ def _encode(recipe: Recipe[Any], family: Family, draws: Sequence[Draw], accelera
             encoder.see(draws, show=show)
     except OSError as error:
         what = f"{error.filename or 'a picture'} cannot be read any more ({reason(error)})"
-        raise UserError(f"encoding the pictures: {what}. Bring it back, and go on.") from None
+        kept = (
+            f"step {first} is kept, --resume goes on from there" if first else "no step is kept, --resume begins anew"
+        )
+        raise UserError([f"encoding the pictures: {what}. Bring it back, and go on.", kept]) from None
     return encoder

@@ -49,11 +49,16 @@ def load_family(recipe: Recipe[Any]) -> Family:
 def make_family(recipe: Recipe[Any], device: torch.device) -> Family:
     """The recipe's base from its configs alone, with random weights: as fast as the real one, and as large.
 
+    Args:
+        device: where they are drawn; like loaded ones they are on the CPU then.
+
     Raises:
         UserError: its configs cannot be had, no family is made for it, or the objective does not fit it.
     """
     quiet_loading()
     family = build(recipe, device)
+    for part in family.parts():
+        part.to("cpu")
     family.fingerprint = f"random weights of {recipe.base.source}"  # not to be taken for the real one's class images
     return _made_ready(recipe, family)
 

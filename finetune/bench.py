@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import run
-from finetune.base import make_family
+from finetune.base import load_family, make_family
 from finetune.errors import UserError
 from finetune.families.base import Family
 from finetune.recipe import Recipe
@@ -65,9 +65,9 @@ def measure(
     _forget()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        at_work = run.prepare(_shortened(recipe, steps, Path(folder)), load=_random if random else None)
+        at_work = run.prepare(_shortened(recipe, steps, Path(folder)), load=_random if random else load_family)
         if random and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # real weights are packed before they get there
+            torch.cuda.reset_peak_memory_stats()  # for they are drawn there, all of them
         reports = at_work.trainer.steps()
         with counter() as counted:
             batch = len(next(reports).draws)

@@ -97,9 +97,9 @@ class OutputFolder:
             )
         return found
 
-    def check_base(self, found: Path, fingerprint: str) -> None:
-        """Raises: UserError, if the base's weights are not those that the checkpoint was trained on."""
-        if (before := checkpoint.load(found, tensors=False)["base"]) != fingerprint:
+    def check_base(self, found: Path | None, fingerprint: str) -> None:
+        """Raises: UserError, if the base's weights are not those that the checkpoint, if any, was trained on."""
+        if found is not None and (before := checkpoint.load(found, tensors=False)["base"]) != fingerprint:
             raise UserError(
                 f"--resume: the base {self.recipe.base.source} has other weights than the one of {found} (fingerprint "
                 f"{before}, now {fingerprint}). Bring that one back, or start anew with --overwrite."

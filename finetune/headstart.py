@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
@@ -98,6 +97,8 @@ def _wake() -> None:
     """Have the GPU's libraries loaded, which takes seconds that need no Python, by one operation of each kind."""
     import torch
 
+    from finetune.gpu import has_kernels
+
     with contextlib.suppress(RuntimeError):  # what is wrong with the GPU is said by the run itself
         if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("false", "0", "no"):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -105,10 +106,8 @@ def _wake() -> None:
                 pixels = torch.zeros(1, 8, 8, 8, device=device, dtype=dtype, requires_grad=True)
                 kernel = torch.zeros(8, 8, 3, 3, device=device, dtype=dtype)
                 torch.conv2d(pixels, kernel).flatten(1).mm(kernel.view(288, 2)).sum().backward()
-            if find_spec("triton") is not None:  # which reads all of itself before its first kernel
-                from finetune.gpu.geglu import geglu
-
-                geglu(torch.zeros(1, 2, device=device))
+            with torch.cuda.device(device):
+                has_kernels()  # Triton reads all of itself before its first one
 
 
 def _memory() -> int:

@@ -37,7 +37,7 @@ TEXTS = {
     "transient": "what is dropped again at once: a layer's, a block's or the optimizer's",
     "step": "all of these, at the fullest moment of a step",
     "encoding": "while captions and pictures are encoded before the first step",
-    "drawing": "while prompts are encoded and pictures drawn",
+    "drawing": "while pictures are drawn",
     "run": "the most of these",
     "checkpoint": "on the disk: what is trained, its state and its average",
 }
@@ -243,7 +243,7 @@ def _encode(recipe: Recipe[Any], family: Family, caption: str, ledger: Ledger, w
     texts = ledger.more(lambda: count("caption", lambda: family.encode_prompt(family.tokenize([caption])), 1))
     pictures = ledger.more(lambda: count("picture", lambda: family.encode_image(pixels), 1 / len(pixels)))
     readers = sum(ledger.held[name] for name in family.text_encoders)
-    return max(texts + readers, pictures + ledger.held["vae"])
+    return max(0 if recipe.method.trains_text else texts + readers, pictures + ledger.held["vae"])
 
 
 @torch.no_grad()
@@ -270,10 +270,9 @@ def _draw(
 ) -> int:
     """Bytes at its fullest moment: while the denoiser is at work, or while the latents become pixels.
 
-    Text encoders are not there, unless they are trained, or read the prompt of class images.
+    Text encoders are not there, unless they are trained.
     """
     vae, resting = family.pipeline.vae, () if recipe.method.trains_text else family.text_encoders
-    prior = recipe.method.prior_half
     with gpu.autocast():
         prompt = batch.prompt if isinstance(batch.prompt, Prompt) else family.encode_prompt(batch.prompt)
         many = count * (1 + guided)
@@ -283,7 +282,4 @@ def _draw(
         prompts = prompt.map(lambda part: part.expand(many, *part.shape[1:]))
         passes = ledger.most(lambda: family.denoise(latents, time, prompts, geometry))
         pictures = ledger.most(lambda: vae.decode(latents[:count].to(vae.dtype)))
-        classes = prior is not None and prior.source == "images"
-        texts = ledger.most(lambda: family.encode_prompt(family.tokenize([""] * count))) if classes else 0
-    gone = sum(ledger.held[name] for name in resting)
-    return max(texts, max(passes, pictures) - gone)
+    return max(passes, pictures) - sum(ledger.held[name] for name in resting)

@@ -26,8 +26,8 @@ def lent(part: nn.Module, device: torch.device) -> Iterator[None]:
     home = next(part.parameters()).device
     weights = [(weight, weight.data) for weight in part.parameters()]
     buffers = [(module, *known) for module in part.modules() for known in module.named_buffers(recurse=False)]
-    move(part, device)
     try:
+        move(part, device)
         yield
     finally:
         if any(weight.dtype in (torch.uint8, torch.int8) for weight in part.parameters()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -13,6 +13,7 @@ from finetune.dataset.class_images import ClassImages
 from finetune.errors import UserError, reason
 from finetune.families.base import Family
 from finetune.methods.base import Prior
+from finetune.recall import Read
 from finetune.recipe import Recipe
 from finetune.render import render
 from finetune.request import cache_folder, request_for, sampler_name
@@ -44,8 +45,7 @@ def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, acceler
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=len(mine), desc="class images", disable=not (accelerator.is_main_process and mine))
 
-    def make(seeds: Sequence[int]) -> list[Image.Image]:
-        bar.update(len(seeds))
+    def draw(seeds: Sequence[int]) -> list[Image.Image]:
         return render(
             family.pipeline,
             [request.prompt] * len(seeds),
@@ -56,9 +56,18 @@ def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, acceler
             batch_size=len(seeds),
         )
 
+    def make(seeds: Sequence[int]) -> list[Image.Image]:
+        bar.update(len(seeds))
+        return draw(seeds)
+
+    at_once = recipe.validation.batch_size
+    with family.reading() if mine else nullcontext():  # for as many at once as there will be
+        for start in range(0, len(mine), at_once):
+            with suppress(Read):
+                draw(mine[start : start + at_once])
     try:
         with family.drawing() if mine else nullcontext(), bar:
-            request.make(cache_folder(), mine, make, recipe.validation.batch_size)
+            request.make(cache_folder(), mine, make, at_once)
     except OSError as error:
         raise UserError(
             f"class images: {request.folder(cache_folder())} cannot be written ({reason(error)}). Make room, or set "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+PEER_IS_GONE = "another process of this run has ended; its own message says why"
 AT_ONCE = 2**22  # numbers that are sent together: enough to outweigh the way, and soon there
 
 
@@ -120,6 +122,12 @@ def _buckets(parts: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         bucket.append(part)
     if bucket:
         yield bucket
+
+
+def has_lost_peer(error: BaseException) -> bool:
+    """Whether it is what torch says where another process is gone."""
+    said = isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|closed by peer|reset by peer", str(error))
+    return bool(said) and _are_several()
 
 
 def _are_several() -> bool:

@@ -23,7 +23,13 @@ def checkpoint_all(model: Any) -> None:
 
 
 def checkpoint_some(model: nn.Module, names: Sequence[str]) -> None:
-    """The parts of these names, each as a whole, whatever kind they are; of a list each of its parts.
+    """The parts of these names, each as a whole, whatever kind they are; of a list each of its parts."""
+    for part in dict.fromkeys(block for found in find_parts(model, names) for block in _blocks(found)):
+        _recompute(part)
+
+
+def find_parts(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The parts of a model of these names.
 
     Raises:
         UserError: there is no such part.
@@ -37,8 +43,7 @@ def checkpoint_some(model: nn.Module, names: Sequence[str]) -> None:
                 for name in unknown
             ]
         )
-    for part in dict.fromkeys(block for name in names for block in _blocks(parts[name])):
-        _recompute(part)
+    return [parts[name] for name in names]
 
 
 def _blocks(part: nn.Module) -> Iterator[nn.Module]:

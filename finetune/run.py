@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,10 @@ from finetune.families.base import Family
 from finetune.folder import CARD_FILE, CHECKPOINTS, GRID_FILE, OutputFolder
 from finetune.judging import Judge
 from finetune.plan import check
+from finetune.processes import PEER_IS_GONE, has_lost_peer
 from finetune.recipe import Recipe
 from finetune.samples import Samples
-from finetune.shortage import explained
+from finetune.shortage import explained, is_out_of_memory
 from finetune.stopping import Stop, Stopped
 from finetune.tracking import PATIENCE, Trackers
 from finetune.trainer import NonFiniteLoss, Report, Trainer
@@ -53,12 +53,14 @@ def prepare(
     resume: bool = False,
     overwrite: bool = False,
     stop: Stop | None = None,
-    load: Callable[[Recipe[Any]], Family] | None = None,
+    load: Callable[[Recipe[Any]], Family] = load_family,
+    tell: Callable[[Sequence[Picture], Family], None] = lambda *_: None,
 ) -> Run:
-    """Everything before the first step: data checked, base loaded, class images made, checkpoint read.
+    """Everything before the first step: data checked, base loaded, class images made, all encoded, checkpoint read.
 
     Args:
-        load: what gives the base; default: `load_family`.
+        load: what gives the base.
+        tell: is called with what is trained on and the base, by the main process, before time is spent on them.
     """
     stop = stop or Stop()
     pictures = check(recipe)
@@ -66,18 +68,17 @@ def prepare(
     # Accelerate keeps its state for the process; each recipe has a precision of its own.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
-    folder = OutputFolder(recipe, pictures)
+    folder, found, cost = OutputFolder(recipe, pictures), None, Cost()
     try:
         with stop.listening(), stop.breakable():
             on_main(accelerator, lambda: folder.check(resume=resume, overwrite=overwrite))
             found = folder.newest() if resume else None
             torch.manual_seed(recipe.train.seed)
-            cost = Cost()
             with explained(recipe, "loading the base", "else"):
-                family = (load or load_family)(recipe)
-            if found is not None:
-                folder.check_base(found, family.fingerprint)
+                family = load(recipe)
+            folder.check_base(found, family.fingerprint)
             on_main(accelerator, lambda: folder.open(resume=resume, overwrite=overwrite))
+            on_main(accelerator, lambda: tell(trained, family))
             known = None if found is None else checkpoint.load(found)["trainer"]
             trainer = assemble(recipe, family, trained, held_out, accelerator, known["step"] if known else 0)
             trainer.cost = cost
@@ -86,11 +87,19 @@ def prepare(
                 trainer.resume(known)
     except BaseException as error:
         folder.close()
-        if isinstance(error, Stopped):
-            raise Stopped("stopped before the first step; class images that are done are kept") from None
+        if (told := _told_early(error, found)) is not None:
+            raise told from None
         raise
     trainer.stop = stop
     return Run(folder, trained, trainer, judge)
+
+
+def _told_early(error: BaseException, found: Path | None) -> UserError | Stopped | None:
+    """What is said of an error before the first step, if it is not what it says itself."""
+    if isinstance(error, Stopped):
+        kept = "class images that are done are kept" if found is None else f"{found} is kept, --resume goes on from it"
+        return Stopped(f"stopped before the first step; {kept}")
+    return UserError(f"before the first step: {PEER_IS_GONE}") if has_lost_peer(error) else None
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], None]) -> None:
@@ -150,12 +159,6 @@ class Run:
         device, count = self.accelerator.device, self.accelerator.num_processes
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         return f"{count} x {name}, {self.trainer.student.num_parameters():,} parameters are trained"
-
-    def warnings(self) -> list[str]:
-        """What the user should know before the time is spent."""
-        captions = sorted({self.recipe.fill(text) for picture in self.pictures for text in picture.captions})
-        cut = self.family.too_long([*captions, *self.prompts])
-        return [f"the end of this caption is read by no text encoder: {text}" for text in cut]
 
     def loop(self) -> None:
         """Train to the end.
@@ -302,10 +305,10 @@ class Run:
 
     def _explain(self, error: Exception) -> Exception:
         """The error with what is kept; each process that fails saves, for the others may not know yet."""
-        step, lost = self.trainer.step + 1, self.accelerator.num_processes > 1 and _lost_peer(error)
+        step, lost = self.trainer.step + 1, has_lost_peer(error)
         kept = self._save_last() if self.is_main or not lost else "the main process saves"
         if lost:
-            return UserError([f"step {step}: another process of this run has ended; its own message says why", kept])
+            return UserError([f"step {step}: {PEER_IS_GONE}", kept])
         if isinstance(error, UserError):
             return UserError([*error.problems, kept])
         if isinstance(error, OSError):  # a step reads nothing but pictures
@@ -336,7 +339,6 @@ class Run:
         step = self.trainer.step
         with (
             explained(self.recipe, f"the validation pictures of step {step}", "drawing"),
-            self.family.drawing(),
             self.accelerator.autocast(),
             self.stop.breakable(),
         ):
@@ -345,13 +347,16 @@ class Run:
 
     def _render(self, indices: Sequence[int]) -> dict[int, Any]:
         try:
-            return self.samples.render(indices)
-        except torch.OutOfMemoryError:
-            if not isinstance(self.trainer.work, Captured):
+            with self.family.drawing():
+                return self.samples.render(indices)
+        except RuntimeError as error:
+            alone = self.accelerator.num_processes == 1  # several replay their recorded steps together
+            if not (alone and isinstance(self.trainer.work, Captured) and is_out_of_memory(error)):
                 raise
         self.trainer.work = None  # a recorded step keeps memory of its own; it will be recorded anew
         torch.cuda.empty_cache()
-        return self.samples.render(indices)
+        with self.family.drawing():
+            return self.samples.render(indices)
 
     def probe(self, family: Family) -> torch.Tensor:
         return self.delivery.probe(family)
@@ -388,8 +393,3 @@ class Run:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _lost_peer(error: Exception) -> bool:
-    """Whether it is what torch says where another process is gone."""
-    return isinstance(error, RuntimeError) and bool(re.search(r"gloo|NCCL|closed by peer|reset by peer", str(error)))

@@ -95,7 +95,27 @@ def build_optimizer(groups: Sequence[Group], config: TrainConfig) -> Optimizer:
     Raises:
         UserError: it cannot be imported, or does not take the options.
     """
-    from torch.optim import Adam, AdamW, Optimizer
+    from torch.optim import Adam, AdamW
+
+    optimizer = find_optimizer(config)
+    parameters = [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups]
+    options = dict(config.optimizer_options)
+    meta = any(parameter.is_meta for group in groups for parameter in group.parameters.values())
+    if optimizer in (Adam, AdamW) and not meta and not {"foreach", "fused"} & options.keys():
+        options["fused"] = True
+    try:
+        return optimizer(parameters, lr=config.learning_rate, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train.optimizer_options: {config.optimizer} does not take them ({error})") from None
+
+
+def find_optimizer(config: TrainConfig) -> Any:
+    """The optimizer's class.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    from torch.optim import Optimizer
 
     module, _, name = OPTIMIZERS.get(config.optimizer, config.optimizer).rpartition(".")
     try:
@@ -104,16 +124,7 @@ def build_optimizer(groups: Sequence[Group], config: TrainConfig) -> Optimizer:
         raise UserError(f"train.optimizer: {config.optimizer} cannot be imported ({error})") from None
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
         raise UserError(f"train.optimizer: {config.optimizer} is no optimizer of torch")
-    parameters = [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups]
-    options = dict(config.optimizer_options)
-    meta = any(parameter.is_meta for group in groups for parameter in group.parameters.values())
-    if optimizer in (Adam, AdamW) and not meta and not {"foreach", "fused"} & options.keys():
-        options["fused"] = True
-    try:
-        kind: Any = optimizer
-        return kind(parameters, lr=config.learning_rate, **options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"train.optimizer_options: {config.optimizer} does not take them ({error})") from None
+    return optimizer
 
 
 def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune import run
+from finetune.dataset import Picture
 from finetune.errors import UserError, one_line
+from finetune.families.base import Family
 from finetune.files import read_shapes
 from finetune.plan import plan, warnings
 from finetune.report import show
@@ -20,11 +25,10 @@ def carry_out(recipe: Any, *, resume: bool, overwrite: bool) -> None:
     """
     stop = run.Stop()
     with stop.listening():
-        at_work = run.prepare(recipe, resume=resume, overwrite=overwrite, stop=stop)
+        tell = partial(_tell, recipe)
+        at_work = run.prepare(recipe, resume=resume, overwrite=overwrite, stop=stop, tell=tell)
         if at_work.is_main:
-            _print_plan(recipe, at_work.pictures, at_work.describe_machine())
-            for text in [*warnings(recipe, at_work.pictures), *at_work.warnings()]:
-                print(f"warning: {text}")
+            print(f"{'machine':10}{at_work.describe_machine()}")
         at_work.loop()
         if not at_work.is_main:
             return
@@ -37,10 +41,16 @@ def carry_out(recipe: Any, *, resume: bool, overwrite: bool) -> None:
         raise UserError([f"{what} could not be written in full ({why})" for what, why in at_work.unwritten.items()])
 
 
-def _print_plan(recipe: Any, pictures: Any, machine: str | None = None) -> None:
-    lines = plan(recipe, pictures) | ({"machine": machine} if machine else {})
-    for title, text in lines.items():
+def _tell(recipe: Any, pictures: Sequence[Picture], family: Family) -> None:
+    """What will be done, and what the user should know before the time is spent."""
+    for title, text in plan(recipe, pictures).items():
         print(one_line(f"{title:10}{text}"))
+    captions = sorted({recipe.fill(text) for picture in pictures for text in picture.captions})
+    cut = family.too_long([*captions, *map(recipe.fill, recipe.validation.prompts)])
+    unread = (f"the end of this caption is read by no text encoder: {text}" for text in cut)
+    for text in [*warnings(recipe, pictures), *unread]:
+        print(f"warning: {text}")
+    sys.stdout.flush()  # before the bars of what follows
 
 
 def _describe(file: Path) -> str:

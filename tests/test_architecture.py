@@ -32,7 +32,9 @@ MAY_IMPORT = {
         "families",
         "prior",
         "recipe",
+        "recomputing",
         "samples",
+        "schedule",
         "shares",
         "shortage",
         "trainer",
@@ -144,7 +146,7 @@ MAY_IMPORT = {
     "skeleton": {"detection", "families", "files", "hub", "recipe"},
     "duration": {"batch", "forecast", "recipe", "rehearsal"},
     "memory": {"batch", "families", "packed", "quantize", "recipe", "rehearsal", "skeleton", "trainer"},
-    "prior": {"dataset", "families", "methods", "recipe", "render", "request"},
+    "prior": {"dataset", "families", "methods", "recall", "recipe", "render", "request"},
     "card": {"architectures", "export", "files", "recipe"},
     "push": {"card", "config", "files"},
     "evaluation": {
@@ -176,7 +178,7 @@ MAY_IMPORT = {
         "stopping",
         "trainer",
     },
-    "session": {"files", "plan", "report", "run"},
+    "session": {"dataset", "families", "files", "plan", "report", "run"},
     "report": {"config", "dataset", "evaluation", "export", "files", "folder", "tracking", "validation"},
     "bench": {"base", "families", "recipe", "run"},
     "run": None,  # the wiring

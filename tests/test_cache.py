@@ -16,8 +16,9 @@ import tiny
 import torch
 
 from finetune import cache, run
+from finetune.batch import Encoder
 from finetune.errors import UserError
-from finetune.families.base import Prompt
+from finetune.families.base import Family, Prompt
 from finetune.render import render
 
 RANDOM = {"crop": "random", "flip": True}
@@ -184,6 +185,49 @@ def test_no_two_large_parts_of_the_base_are_on_the_device_at_once_before_the_fir
     assert parts - resting["denoise"] == denoiser
 
 
+@pytest.mark.parametrize("family", tiny.BASES)
+def test_class_images_are_drawn_without_a_text_encoder_on_the_device(
+    family: str, base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    at_hand, seen = Family.at_hand, []
+
+    def noted(self: Family, names: Any) -> Any:
+        seen.append(set(names) & set(self.resting))
+        return at_hand(self, names)
+
+    monkeypatch.setattr(Family, "at_hand", noted)
+    settings = {**lessons.WAYS["dreambooth"]["images"], "num_class_images": 3}
+    few = {"batch_size": 2, "prompts": []}
+    at_work = run.prepare(lessons.recipe(base_folder(family), tmp_path, "dreambooth", settings, validation=few)).family
+    readers, denoiser = set(at_work.text_encoders), at_work.denoiser_name
+    assert seen[0] == readers and seen[1] == {denoiser, "vae"}
+    assert not any(readers & names for names in seen if denoiser in names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "train", "told"),
+    [
+        ({"rank_pattern": {"no_such_layer": 2}}, {}, "no_such_layer"),
+        ({}, {"gradient_checkpointing": ["no_such_part"]}, "no_such_part"),
+        ({}, {"optimizer": "no.such.Optimizer"}, "no.such.Optimizer"),
+    ],
+)
+def test_what_does_not_fit_the_base_is_told_before_anything_is_encoded(
+    settings: dict[str, Any],
+    train: dict[str, Any],
+    told: str,
+    base_folder: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", {"rank": 2, **settings}, train=train)
+    monkeypatch.setattr(Encoder, "read", refuse)
+    monkeypatch.setattr(Encoder, "see", refuse)
+    with pytest.raises(UserError, match=told):
+        run.prepare(recipe)
+
+
 def test_a_picture_that_is_gone_before_it_is_encoded_is_named(base_folder: Any, tmp_path: Path):
     recipe = lessons.recipe(base_folder("stable_diffusion"), tmp_path, "lora", "plain")
 
@@ -192,8 +236,9 @@ def test_a_picture_that_is_gone_before_it_is_encoded_is_named(base_folder: Any, 
         return run.load_family(recipe)
 
     gone = next(Path(str(recipe.dataset.folder)).glob("*.png"))
-    with pytest.raises(UserError, match=rf"{gone.name} cannot be read any more .*Bring it back"):
+    with pytest.raises(UserError, match=rf"{gone.name} cannot be read any more .*Bring it back") as told:
         run.prepare(recipe, load=load)
+    assert told.value.problems[1:] == ["no step is kept, --resume begins anew"]
 
 
 @pytest.mark.parametrize("family", tiny.BASES)

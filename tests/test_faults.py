@@ -690,6 +690,16 @@ def test_a_process_that_fails_leaves_no_other_waiting(write: Any):
     assert checkpoints(folder) == [2]
 
 
+def test_a_process_that_cannot_encode_its_pictures_leaves_no_other_waiting(write: Any):
+    recipe, _ = write(train=LONG, dataset={"resolution": 64})
+    main, other = ranks(recipe, faults={0: {}, 1: {"before": Hidden()}})
+    assert other.end() == 2, other.complaint
+    assert main.end() == 2, main.complaint
+    assert_one(other.lines, "error: encoding the pictures: ", "cannot be read any more")
+    assert_one(main.lines, "error: before the first step: another process of this run has ended")
+    assert "Traceback" not in main.complaint + other.complaint
+
+
 class Hidden:
     """Pictures that this process alone cannot read any more."""
 

@@ -14,6 +14,8 @@ from bitsandbytes import nn as bnb
 
 from finetune import run
 from finetune.errors import UserError
+from finetune.evaluation import studio
+from finetune.evaluation.concept import Given, read
 from finetune.float8 import Float8Linear
 from finetune.fused import FusedLinear, as_kept
 from finetune.parts import move
@@ -69,6 +71,15 @@ def test_all_that_is_taught_beside_packed_weights_is_one_operation_in_the_precis
     assert adapted and all(isinstance(module, FusedLinear) for module in adapted)
     with torch.autocast("cpu", torch.bfloat16), as_kept(denoiser, torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("to", ["nf4", "fp8"])
+@pytest.mark.parametrize("way", ["lora", "dora"])
+def test_what_was_learnt_on_a_quantised_base_can_be_evaluated(way: str, to: str, base_folder: Any, tmp_path: Path):
+    at_work = run.prepare(recipe(base_folder("stable_diffusion"), tmp_path, way, to))
+    at_work.loop()
+    at_work.finish()
+    studio.check(read(str(at_work.folder), Given()))
 
 
 @pytest.mark.parametrize("has_read", [False, True])

@@ -149,8 +149,9 @@ def check(concept: Concept) -> None:
 
 def _open(concept: Concept, weight: float | None) -> Family:
     """The base alone, or with the adapter at a weight; nothing of another weight is left in it."""
-    family = concept.open_base()
+    family, device = concept.open_base(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family.to(device)  # which packs what is packed, and DoRA wants to know the packed weights
     if weight is not None:
         load_adapters(family.pipeline, [Adapter(concept.adapter.path, weight)])
-    family.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        family.to(device)
     return family

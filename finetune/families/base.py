@@ -219,12 +219,9 @@ class Family(ABC):
         """Work on a device.
 
         Args:
-            resting: parts that wait on the CPU, but while they are needed.
+            resting: parts that stay on the CPU, but while they are needed.
         """
         self.device, self.resting = device, tuple(self.named_parts())
-        for name in resting:
-            if next((part := self.named_parts()[name]).parameters()).device.type != "cpu":
-                move(part, torch.device("cpu"))
         self.bring([name for name in self.resting if name not in resting])
         self.objective = self.objective.to(device)
         # Picture by picture the VAE needs a fraction of the memory, and half of the speed on a CPU.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.errors import reason, warn
 from finetune.exact import is_exact
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself understands it
@@ -21,11 +22,11 @@ def make_ready(denoiser: nn.Module) -> None:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     is_unet, is_flux = (isinstance(denoiser, kind) for kind in (UNet2DConditionModel, FluxTransformer2DModel))
-    if is_unet and _has_triton():
+    if is_unet and has_kernels():
         from finetune.gpu.unet import side_by_side
 
         side_by_side(denoiser)
-    if is_flux and _has_triton():
+    if is_flux and has_kernels():
         from finetune.gpu.flux import lean
 
         lean(denoiser)
@@ -42,7 +43,7 @@ def runs(x: Tensor) -> bool:
 
 def kernels_for(x: Tensor) -> Any:
     """Those that unpack weights where a tensor is; None where none run."""
-    if not runs(x) or not _has_triton():
+    if not runs(x) or not has_kernels():
         return None
     from finetune.gpu import unpack
 
@@ -50,5 +51,16 @@ def kernels_for(x: Tensor) -> Any:
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def has_kernels() -> bool:
+    """Whether Triton is there and works, for which it wants a compiler; a process asks it once."""
+    if find_spec("triton") is None:
+        return False
+    if torch.cuda.is_available() and not INTERPRETED:
+        from finetune.gpu.geglu import geglu
+
+        try:
+            geglu(torch.zeros(1, 2, device="cuda"))
+        except Exception as error:  # it fails in as many ways as there are compilers
+            warn(f"the GPU's own kernels are left out, as Triton does not work here: {reason(error)}")
+            return False
+    return True

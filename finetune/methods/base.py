@@ -104,6 +104,9 @@ class Method(Section, ABC):
             target[:held] = torch.where(noisy, base[:held], target[:held])
         return denoising_errors(student.family, batch, target)
 
+    def check(self, family: Family) -> None:
+        """Raises: UserError, for settings that do not fit the family."""
+
     def reduce(self, losses: Tensor, num_prior: int) -> Tensor:
         """(B,) losses to the scalar that is minimised."""
         return losses.mean()

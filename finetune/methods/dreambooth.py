@@ -53,6 +53,12 @@ class DreamBooth(Preserving, LoRA):
         ]
         return problems
 
+    def check(self, family: Family) -> None:
+        if self.denoiser == "lora":
+            super().check(family)
+        else:
+            self.trained_text_encoders(family)
+
     def attach(self, family: Family, placeholder: str, learning_rate: float) -> Student:
         if self.denoiser == "lora":
             return super().attach(family, placeholder, learning_rate)

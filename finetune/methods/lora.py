@@ -117,21 +117,28 @@ class LoRA(Method):
 
     def adapters(self, family: Family, learning_rate: float) -> list[Group]:
         """Adapters for the denoiser and, where asked for, the text encoders: a group each."""
-        from finetune.lowrank import layers_named
         from finetune.student import Group
         from finetune.variants import inject
 
-        layers = {family.denoiser_name: self._layers(family)}
-        for name in self.trained_text_encoders(family):
-            layers[name] = layers_named(getattr(family.pipeline, name), family.text_attention)
-        settings = self._settings()
-        self._check_patterns([name for names in layers.values() for name in names])
-        groups = []
-        for name, targets in layers.items():
+        settings, groups = self._settings(), []
+        for name, targets in self._adapted(family).items():
             trained = inject(getattr(family.pipeline, name), targets, self.variant, settings)
             rate = None if name == family.denoiser_name else self.text_encoder_learning_rate
             groups.append(Group(name, trained, rate or learning_rate))
         return groups
+
+    def check(self, family: Family) -> None:
+        self._adapted(family)
+
+    def _adapted(self, family: Family) -> dict[str, list[str]]:
+        """Model -> layers that get an adapter."""
+        from finetune.lowrank import layers_named
+
+        layers = {family.denoiser_name: self._layers(family)}
+        for name in self.trained_text_encoders(family):
+            layers[name] = layers_named(getattr(family.pipeline, name), family.text_attention)
+        self._check_patterns([name for names in layers.values() for name in names])
+        return layers
 
     def _check_patterns(self, layers: list[str]) -> None:
         """Raises: UserError, for a pattern without an effect."""
