@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.batch import Encoder
 from finetune.dataset import Draw, Picture, Pictures
-from finetune.errors import UserError, reason
+from finetune.errors import UserError, gone
 from finetune.families.base import Family
 from finetune.prior import make_prior
 from finetune.recipe import Recipe
@@ -53,8 +53,9 @@ def assemble(
     ours = accelerator.process_index, accelerator.num_processes
     shares = Shares(concept, prior, recipe.train, multiple, *ours)
     draws = itertools.chain(validation.draws if validation is not None else (), shares.all_mine(first))
+    different = {(draw.key, draw.mask_key, draw.caption): draw for draw in draws}
     with explained(recipe, "encoding the pictures", "else"):
-        encoder = _encode(recipe, family, list(draws), accelerator, first)
+        encoder = _encode(recipe, family, list(different.values()), accelerator, first)
     with explained(recipe, "setting up", "else"):
         family.bring([name for name in family.resting if name not in encoder.done])
         student = recipe.method.attach(family, recipe.placeholder, recipe.train.learning_rate)
@@ -87,7 +88,7 @@ def _encode(
         keep_layout=recipe.method.keep_layout,
     )
     if not recipe.method.trains_text:
-        with family.at_hand(list(family.text_encoders)):
+        with family.at_hand(family.text_encoders):
             encoder.read(draws, show=show)
             with accelerator.autocast():
                 samples = Samples(recipe, family)
@@ -96,9 +97,8 @@ def _encode(
         with family.at_hand(["vae"]):
             encoder.see(draws, show=show)
     except OSError as error:
-        what = f"{error.filename or 'a picture'} cannot be read any more ({reason(error)})"
         kept = (
             f"step {first} is kept, --resume goes on from there" if first else "no step is kept, --resume begins anew"
         )
-        raise UserError([f"encoding the pictures: {what}. Bring it back, and go on.", kept]) from None
+        raise UserError([f"encoding the pictures: {gone(error)}", kept]) from None
     return encoder

@@ -51,6 +51,12 @@ def warn(text: str) -> None:
     tqdm.write(f"warning: {one_line(text)}", file=sys.stderr)
 
 
+def gone(error: OSError) -> str:
+    """Of a picture that was there when the run began."""
+    what = f"{error.filename or 'a picture'} cannot be read any more ({reason(error)})"
+    return f"{what}. Bring it back, and go on."
+
+
 def reason(error: BaseException) -> str:
     """What went wrong in one line, without an error's number and the file that it is about."""
     if isinstance(error, OSError) and error.strerror:

@@ -276,10 +276,8 @@ def _draw(
     with gpu.autocast():
         prompt = batch.prompt if isinstance(batch.prompt, Prompt) else family.encode_prompt(batch.prompt)
         many = count * (1 + guided)
-        latents, time, geometry, *_ = (
-            part.expand(many, *part.shape[1:]) for part in (batch.latents, batch.time, batch.geometry)
-        )
+        drawn = batch.map(lambda part: part.expand(many, *part.shape[1:]))
         prompts = prompt.map(lambda part: part.expand(many, *part.shape[1:]))
-        passes = ledger.most(lambda: family.denoise(latents, time, prompts, geometry))
-        pictures = ledger.most(lambda: vae.decode(latents[:count].to(vae.dtype)))
+        passes = ledger.most(lambda: family.denoise(drawn.latents, drawn.time, prompts, drawn.geometry))
+        pictures = ledger.most(lambda: vae.decode(drawn.latents[:count].to(vae.dtype)))
     return max(passes, pictures) - sum(ledger.held[name] for name in resting)

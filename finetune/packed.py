@@ -57,8 +57,6 @@ def computes(layer: nn.Linear) -> torch.dtype:
 def unpacked_together(layers: Sequence[Packed], dtype: torch.dtype) -> Tensor:
     """The weights of k layers of one shape, one below another: (km, n)."""
     first = layers[0]
-    if len(layers) == 1:
-        return first.unpacked(dtype)
     shape = len(layers) * first.out_features, first.in_features
     whole = torch.empty(shape, dtype=dtype, device=first.weight.device)
     for layer, part in zip(layers, whole.split(first.out_features), strict=True):

@@ -22,7 +22,7 @@ from finetune.card import write_card
 from finetune.cost import Cost
 from finetune.dataset import Picture, split
 from finetune.delivery import Delivery, complaint, named, not_compared
-from finetune.errors import UserError, reason, warn
+from finetune.errors import UserError, gone, reason, warn
 from finetune.export import Verdict
 from finetune.families.base import Family
 from finetune.folder import CARD_FILE, CHECKPOINTS, GRID_FILE, OutputFolder
@@ -312,8 +312,7 @@ class Run:
         if isinstance(error, UserError):
             return UserError([*error.problems, kept])
         if isinstance(error, OSError):  # a step reads nothing but pictures
-            what = f"{error.filename or 'a picture'} cannot be read any more ({reason(error)})"
-            return UserError([f"step {step}: {what}. Bring it back, and go on.", kept])
+            return UserError([f"step {step}: {gone(error)}", kept])
         error.add_note(kept)
         return error
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -234,11 +234,11 @@ class Family(ABC):
         self.resting = tuple(name for name in self.resting if name not in names)
 
     @contextmanager
-    def at_hand(self, names: Iterable[str]) -> Iterator[None]:
+    def at_hand(self, names: Collection[str]) -> Iterator[None]:
         """Those of the parts that rest, on the device for a while."""
         kept = self.resting
         with ExitStack() as lending:
-            for name in set(names) & set(kept):
+            for name in [name for name in kept if name in names]:
                 lending.enter_context(lent(self.named_parts()[name], self.device))
             self.resting = tuple(name for name in kept if name not in names)
             try:
