@@ -9,7 +9,8 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
@@ -18,6 +19,8 @@ from finetune.outline import outline
 from finetune.recipe import BaseConfig, Recipe
 from finetune.schedule import OPTIMIZERS
 
+# Two libraries ask for it as they are imported, and each answer reads what is said of all that is installed.
+_distributions = cache(metadata.packages_distributions)
 PIECE = 2**20  # bytes; of a wish for more the system fulfils a part
 MOST = 0.5  # of the memory: what is read ahead of more would have to give way before it is used
 READ = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors"  # and no variant, such as `model.fp16.safetensors`
@@ -61,6 +64,7 @@ def importing() -> Iterator[None]:
 
     It would each time that there is a quarter more to look through, and then again in the middle of steps.
     """
+    metadata.packages_distributions = _distributions
     gc.collect()
     gc.disable()
     try:

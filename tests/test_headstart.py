@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def test_garbage_is_looked_for_again_once_the_libraries_are_there():
     loop.append(loop)
     del loop
     assert gc.collect() > 0
+
+
+def test_what_is_installed_is_read_once_however_many_libraries_ask():
+    with importing():
+        first = metadata.packages_distributions()
+    assert first["torch"] == ["torch"] and metadata.packages_distributions() is first
 
 
 def test_garbage_is_looked_for_again_where_an_import_fails():
