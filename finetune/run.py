@@ -205,8 +205,8 @@ class Run:
     def _steps(self, bar: tqdm[Any], trackers: Trackers | None) -> None:
         reports = self.trainer.steps()
         while (report := self._next(reports)) is not None:
+            bar.set_postfix(loss=f"{report.loss:.4f}", refresh=False)  # `update` shows it now and then
             bar.update()
-            bar.set_postfix(loss=f"{report.loss:.4f}")
             if trackers is not None:
                 trackers.numbers(report.step, report.numbers, [Path(draw.path).name for draw in report.draws])
             self.told = report.step

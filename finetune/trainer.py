@@ -101,22 +101,35 @@ class Trainer:
             self.work = self._choose_work()
         rates, (draws, batches) = self._set_learning_rates(), self._drawn(self.step)
         # Only dropout draws from the global state, and differently on each process.
-        torch.manual_seed(hash((self.config.seed, self.step, self.accelerator.process_index)))
+        _seed(hash((self.config.seed, self.step, self.accelerator.process_index)), self.accelerator.device)
         # A process that is gone is met before the weights change, or what they are of could not be told.
-        asked = send(torch.tensor([float(self.stop.asked)]), self.accelerator.device)
-        asked = cast(Tensor, self.accelerator.reduce(asked, reduction="mean"))
+        stopping = self._is_asked_to_stop()
         found = self.work(batches)
         if not self.guarded:
             found = torch.stack([found, self._clip()])
-        if self.encoder.complete and self.step + 1 < self.config.steps:  # while the device is at work
-            self.ahead = self.step + 1, *self._drawn(self.step + 1)
-        loss, norm, stopping = torch.cat([found, asked]).tolist()
+        if self.encoder.complete and self.step + 1 < self.config.steps:
+            self._look_ahead()
+        loss, norm = found.tolist()
         self._stop_if_not_finite(loss, norm, draws)
         if not self.guarded:
             self._apply()
         if self.ema is not None:
             self.ema.step(self.student.parameters())
-        return Report(self.step + 1, loss, norm, rates, draws, stopping > 0)
+        return Report(self.step + 1, loss, norm, rates, draws, bool(stopping))
+
+    def _is_asked_to_stop(self) -> bool | Tensor:
+        """Whether any process is; of several it is on the device, which does not wait for it."""
+        if self.accelerator.num_processes == 1:
+            return self.stop.asked
+        asked = send(torch.tensor(float(self.stop.asked)), self.accelerator.device)
+        return cast(Tensor, self.accelerator.reduce(asked, reduction="mean")) > 0
+
+    def _look_ahead(self) -> None:
+        """Draw the next step while the device is at work on this one."""
+        draws, batches = self._drawn(self.step + 1)
+        self.ahead = self.step + 1, draws, batches
+        if isinstance(self.work, Captured):
+            self.work.expect(batches)
 
     # -- what a step asks of the device -------------------------------------------------------------------------------
 
@@ -281,6 +294,13 @@ class Trainer:
             self.validation.resume(state["validation"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed` does, which takes longer: for devices that are not there it notes who has called it."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)
 
 
 def _average(student: Student, decay: float) -> Any:
