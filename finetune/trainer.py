@@ -110,12 +110,13 @@ class Trainer:
         if self.encoder.complete and self.step + 1 < self.config.steps:
             self._look_ahead()
         loss, norm = found.tolist()
+        stopping = bool(stopping)  # the device has said so by now, and is asked before it has more to do
         self._stop_if_not_finite(loss, norm, draws)
         if not self.guarded:
             self._apply()
         if self.ema is not None:
             self.ema.step(self.student.parameters())
-        return Report(self.step + 1, loss, norm, rates, draws, bool(stopping))
+        return Report(self.step + 1, loss, norm, rates, draws, stopping)
 
     def _is_asked_to_stop(self) -> bool | Tensor:
         """Whether any process is; of several it is on the device, which does not wait for it."""
@@ -298,9 +299,13 @@ class Trainer:
 
 def _seed(seed: int, device: torch.device) -> None:
     """As `torch.manual_seed` does, which takes longer: for devices that are not there it notes who has called it."""
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
     torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        getattr(torch, device.type).manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _average(student: Student, decay: float) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from finetune import run
 from finetune.batch import Batch
-from finetune.capture import Captured
+from finetune.capture import Captured, Recording
 from finetune.errors import UserError
 from finetune.families.base import Prompt
 from finetune.methods.lora import LoRA
@@ -62,6 +62,33 @@ def test_a_change_reaches_each_tensor_of_a_batch():
     doubled = one.map(lambda part: part * 2)
     assert all(torch.equal(2 * old, new) for old, new in zip(one.tensors(), doubled.tensors(), strict=True))
     assert [part.shape[0] for part in one.ends(0, 1).tensors()] == [1] * 7
+
+
+class Doubling:
+    """A recording's graph without a GPU: it reads what was laid for it, and writes where its answer is looked for."""
+
+    def __init__(self, count: int):
+        self.given, self.answer = [batch(count)], torch.empty(count, 4, 8, 8)
+
+    def replay(self) -> None:
+        self.answer.copy_(2 * self.given[0].latents)
+
+
+def test_a_recording_works_on_what_it_is_given_whatever_was_expected():
+    known = Captured.__new__(Captured)
+    known.parameters, known.recordings, known.expected = (), {}, None
+    for graph in (Doubling(2), Doubling(3)):
+        recording: Any = Recording(graph, graph.given, graph.answer, ())  # pyright: ignore[reportArgumentType]
+        known.recordings[(graph.given[0].form,)] = recording
+    expected, another, larger = [batch()], [batch()], [batch(3)]
+    for given in (expected, another, larger, expected, expected):
+        known.expect(expected)
+        assert torch.equal(known(given), 2 * given[0].latents)
+    known.expect(larger)
+    for given in (expected, larger, another):
+        assert torch.equal(known(given), 2 * given[0].latents)
+    known.expect([batch(4)])  # which nothing is recorded for
+    assert torch.equal(known(another), 2 * another[0].latents)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
