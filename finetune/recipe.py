@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from finetune.config import LocalPath, Place, PositiveInt, Section, Strings, Text, build, override, read_tree, to_yaml
 from finetune.dataset.settings import DatasetConfig
@@ -22,18 +22,36 @@ from finetune.tracking import TrackerName
 M = TypeVar("M", bound=Method)
 RECIPES = Path(__file__).parent.parent / "recipes"
 Precision = Literal["float32", "float16", "bfloat16"]
+SINGLE_FILE = ".safetensors"
 HEIRS = 20  # recipes that extend one another
+
+
+def _there(source: str) -> str:
+    path = Path(source)
+    looks_local = source.startswith((".", "/")) or ("/" in source and path.parent.is_dir())
+    single = source.endswith(SINGLE_FILE)
+    if single and not path.is_file():
+        raise ValueError(f"{source} does not exist")
+    if looks_local and not single and not path.is_dir():
+        raise ValueError(f"{source} is not a folder")
+    return source
+
+
+def _known(family: str) -> str:
+    if family not in ("auto", *(names := known_families())):
+        raise ValueError(f"unknown {family!r}. {did_you_mean(family, names)}")
+    return family
 
 
 class BaseConfig(Section):
     """The frozen model that is taught."""
 
-    source: Place
+    source: Annotated[Place, AfterValidator(_there)]
     """A folder in diffusers' layout, a model of the Hub, or a single-file checkpoint (.safetensors)."""
     revision: str | None = None
     config: Place | None = None
     """For a single file: the folder or model of the Hub whose configs and tokenizers it uses, if not the usual one."""
-    family: str = "auto"
+    family: Annotated[str, AfterValidator(_known)] = "auto"
     """How it is built; `auto` reads it from the checkpoint."""
     dtype: Literal["float32", "float16", "bfloat16", "auto"] = "auto"
     """Precision of what stays frozen; `auto` is that of train.precision."""
@@ -42,17 +60,8 @@ class BaseConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> BaseConfig:
-        if self.family not in ("auto", *(names := known_families())):
-            raise UserError(f"family: unknown {self.family!r}. {did_you_mean(self.family, names)}")
-        path = Path(self.source)
-        looks_local = self.source.startswith((".", "/")) or ("/" in self.source and path.parent.is_dir())
-        single = self.source.endswith(".safetensors")
-        if single and not path.is_file():
-            raise UserError(f"source: {self.source} does not exist")
-        if looks_local and not single and not path.is_dir():
-            raise UserError(f"source: {self.source} is not a folder")
-        if self.config is not None and not single:
-            raise UserError("config: is for a single-file checkpoint (.safetensors). Remove it.")
+        if self.config is not None and not self.source.endswith(SINGLE_FILE):
+            raise UserError(f"config: is for a single-file checkpoint ({SINGLE_FILE}). Remove it.")
         return self
 
 

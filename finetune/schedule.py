@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from finetune.config import Fraction, PositiveFloat, PositiveInt, Section
 from finetune.errors import UserError, did_you_mean
@@ -34,6 +34,12 @@ def _all_or_some(value: Any) -> Any:
     raise ValueError(f"expected true, false or a list of the denoiser's parts, got {value!r}.")
 
 
+def _named(optimizer: str) -> str:
+    if optimizer not in OPTIMIZERS and not re.fullmatch(r"\w+(\.\w+)+", optimizer):
+        raise ValueError(f"unknown {optimizer!r}. {did_you_mean(optimizer, OPTIMIZERS)}")
+    return optimizer
+
+
 class TrainConfig(Section):
     """Counts are optimizer updates ("steps") and pictures; nothing multiplies behind the user's back."""
 
@@ -46,7 +52,7 @@ class TrainConfig(Section):
     schedule: Schedule = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate grows from 0."""
-    optimizer: str = "adamw"
+    optimizer: Annotated[str, AfterValidator(_named)] = "adamw"
     """adamw, adamw_8bit, prodigy, or the import path of any class, such as torch.optim.SGD."""
     optimizer_options: dict[str, Any] = {}
     max_grad_norm: PositiveFloat = 1.0
@@ -82,8 +88,6 @@ class TrainConfig(Section):
                 f"accumulate: {self.batch_size} pictures cannot be split into {self.accumulate} equal parts. "
                 "Make batch_size a multiple of it."
             )
-        if self.optimizer not in OPTIMIZERS and not re.fullmatch(r"\w+(\.\w+)+", self.optimizer):
-            problems.append(f"optimizer: unknown {self.optimizer!r}. {did_you_mean(self.optimizer, OPTIMIZERS)}")
         if problems:
             raise UserError(problems)
         return self

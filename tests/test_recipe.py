@@ -221,6 +221,13 @@ def test_problems_of_independent_sections_are_told_together(recipe: Any):
     assert all(place in found for place in (*places, "tracking.0", "name"))
 
 
+def test_problems_of_settings_of_one_section_are_told_together(recipe: Any):
+    found = complaint(recipe, tree(), *("train.capture=maybe", "train.optimizer=adamm", "train.seed=-1"))
+    assert all(f"train.{name}: " in found for name in ("capture", "optimizer", "seed"))
+    found = complaint(recipe, tree(), *("base.source=./nowhere", "base.family=sd", "base.quantize=nf5"))
+    assert all(f"base.{name}: " in found for name in ("source", "family", "quantize"))
+
+
 def test_a_folder_of_pictures_that_is_not_there_is_told_with_the_other_problems(recipe: Any, tmp_path: Path):
     assert "dataset.folder: pictures is not a folder" in complaint(recipe, tree(), "trian=3")
     (tmp_path / "pictures").mkdir()
