@@ -105,7 +105,7 @@ def _opening(recipe: Recipe[Any], file: Path) -> tuple[str, str]:
     """The class that opens the base, and how."""
     source, config = recipe.base.source, recipe.base.config
     architecture = from_header(read_shapes(file)[1])
-    if architecture is None or not source.endswith(".safetensors"):
+    if architecture is None or not recipe.base.is_single_file:
         return "DiffusionPipeline", f"from_pretrained({source!r})"
     return ARCHITECTURES[
         architecture

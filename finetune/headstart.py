@@ -76,7 +76,7 @@ def importing() -> Iterator[None]:
 
 def weights(base: BaseConfig) -> list[Path]:
     """The files that are read to load a base, as far as it is on this machine."""
-    if base.source.endswith(".safetensors"):
+    if base.is_single_file:
         return [Path(base.source)]
     if (found := outline(base)) is None:
         return []

@@ -58,7 +58,7 @@ class Outline:
 
 def folder_of(base: BaseConfig) -> Path | None:
     """Where the base's configs are, if they are on this machine; in the Hub's cache a file names the snapshot."""
-    source = base.config if base.source.endswith(".safetensors") else base.source
+    source = base.config if base.is_single_file else base.source
     if source is None or Path(source).is_dir():
         return Path(source) if source else None
     home = os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface"
@@ -76,7 +76,7 @@ def outline(base: BaseConfig) -> Outline | None:
     index = read_json(folder / "model_index.json")
     for name, stated in stated_by_families().items():
         if base.family == name or (base.family == "auto" and stated["pipeline_class"] == index.get("_class_name")):
-            weights = Path(base.source) if base.source.endswith(".safetensors") else folder
+            weights = Path(base.source) if base.is_single_file else folder
             return Outline(folder, weights, stated["class"], stated, index)
     return None
 

@@ -22,14 +22,16 @@ from finetune.tracking import TrackerName
 M = TypeVar("M", bound=Method)
 RECIPES = Path(__file__).parent.parent / "recipes"
 Precision = Literal["float32", "float16", "bfloat16"]
-SINGLE_FILE = ".safetensors"
 HEIRS = 20  # recipes that extend one another
 
 
+def _is_single_file(source: str) -> bool:
+    return source.endswith(".safetensors")
+
+
 def _there(source: str) -> str:
-    path = Path(source)
+    path, single = Path(source), _is_single_file(source)
     looks_local = source.startswith((".", "/")) or ("/" in source and path.parent.is_dir())
-    single = source.endswith(SINGLE_FILE)
     if single and not path.is_file():
         raise ValueError(f"{source} does not exist")
     if looks_local and not single and not path.is_dir():
@@ -60,9 +62,13 @@ class BaseConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> BaseConfig:
-        if self.config is not None and not self.source.endswith(SINGLE_FILE):
-            raise UserError(f"config: is for a single-file checkpoint ({SINGLE_FILE}). Remove it.")
+        if self.config is not None and not self.is_single_file:
+            raise UserError("config: is for a single-file checkpoint (.safetensors). Remove it.")
         return self
+
+    @property
+    def is_single_file(self) -> bool:
+        return _is_single_file(self.source)
 
 
 class ValidationConfig(Section):
