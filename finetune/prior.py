@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -13,7 +13,6 @@ from finetune.dataset.class_images import ClassImages
 from finetune.errors import UserError, reason
 from finetune.families.base import Family
 from finetune.methods.base import Prior
-from finetune.recall import Read
 from finetune.recipe import Recipe
 from finetune.render import render
 from finetune.request import cache_folder, request_for, sampler_name
@@ -61,10 +60,8 @@ def make_class_images(recipe: Recipe[Any], prior: Prior, family: Family, acceler
         return draw(seeds)
 
     at_once = recipe.validation.batch_size
-    with family.reading() if mine else nullcontext():  # for as many at once as there will be
-        for start in range(0, len(mine), at_once):
-            with suppress(Read):
-                draw(mine[start : start + at_once])
+    if mine:
+        family.read_to_draw(draw, mine, at_once)
     try:
         with family.drawing() if mine else nullcontext(), bar:
             request.make(cache_folder(), mine, make, at_once)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from finetune.families.base import Family
 from finetune.files import whole
 from finetune.folder import GRID_FILE, SAMPLES
 from finetune.grid import make_grid
-from finetune.recall import Read
 from finetune.recipe import Recipe
 from finetune.render import file_name, render
 
@@ -50,11 +48,7 @@ class Samples:
 
     def read(self, indices: Sequence[int]) -> None:
         """Have the prompts of some of the pictures encoded, as they are asked for when these are drawn."""
-        at_once = self.recipe.validation.batch_size
-        with self.family.reading():
-            for start in range(0, len(indices), at_once):
-                with contextlib.suppress(Read):
-                    self.render(indices[start : start + at_once])
+        self.family.read_to_draw(self.render, indices, self.recipe.validation.batch_size)
 
     def save(self, step: int, images: Mapping[int, Image.Image]) -> None:
         """Raises: OSError, with those that are written whole."""

@@ -122,7 +122,7 @@ MAY_IMPORT = {
         "validation",
     },
     "validation": {"batch", "dataset", "evaluation", "recipe", "student"},
-    "samples": {"dataset", "families", "files", "folder", "grid", "recall", "recipe", "render"},
+    "samples": {"dataset", "families", "files", "folder", "grid", "recipe", "render"},
     "delivery": {
         "architectures",
         "base",
@@ -146,7 +146,7 @@ MAY_IMPORT = {
     "skeleton": {"detection", "families", "files", "hub", "recipe"},
     "duration": {"batch", "forecast", "recipe", "rehearsal"},
     "memory": {"batch", "families", "packed", "quantize", "recipe", "rehearsal", "skeleton", "trainer"},
-    "prior": {"dataset", "families", "methods", "recall", "recipe", "render", "request"},
+    "prior": {"dataset", "families", "methods", "recipe", "render", "request"},
     "card": {"architectures", "export", "files", "recipe"},
     "push": {"card", "config", "files"},
     "evaluation": {

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,13 @@ from finetune.fingerprint import fingerprint
 from finetune.objectives import Diffusion, Flow, Objective
 from finetune.parts import keep_all, lent, move
 from finetune.placeholder import pool_at_the_end, spell
-from finetune.recall import recalled
+from finetune.recall import Read, recalled
 from finetune.registry import Registry
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+T = TypeVar("T")
 Tokens = Mapping[str, Tensor]  # text encoder -> (B, L) ids
 # What a part's names begin with in a single file, by the key of its words; diffusers reads no other parts from one.
 STORED = {
@@ -313,15 +314,16 @@ class Family(ABC):
         ):
             yield
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """`looking`, while pipelines have their prompts encoded and are then ended by `Read`; `drawing` knows them."""
+    def read_to_draw(self, draw: Callable[[Sequence[T]], Any], wanted: Sequence[T], at_once: int) -> None:
+        """Have pipelines encode the prompts of what `draw` is to draw, so many at once; `drawing` knows them."""
         with (
             self.looking(),
             self.at_hand(self.text_encoders),
             recalled(self.pipeline, self.encoded, nullcontext, go_on=False),
         ):
-            yield
+            for start in range(0, len(wanted), at_once):
+                with suppress(Read):
+                    draw(wanted[start : start + at_once])
 
     @contextmanager
     def looking(self) -> Iterator[None]:
